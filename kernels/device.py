@@ -1,0 +1,1 @@
+"""Device functions that more than one Triton kernel uses."""

@@ -1,0 +1,105 @@
+"""Choice of the implementation that runs.
+
+`auto` follows `tuning.py`; an explicit name runs or raises, it never falls back.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterable
+
+import torch
+
+from kernels import tuning
+
+# Order of preference is tuning's business; this is the order in which `implementations` lists them.
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "fused_itc_loss": ("reference", "cpu", "triton"),
+    "fused_siglip_loss": ("reference", "cpu", "triton"),
+    "attentive_select": ("reference", "cpu"),
+    "gather_patches": ("reference", "cpu"),
+    "scatter_patches": ("reference", "cpu"),
+    "masked_patch_loss": ("reference", "cpu"),
+}
+
+
+def checks_enabled() -> bool:
+    """Whether values inside tensors are checked (`KERNELS_CHECK=1`), at the price of a synchronisation."""
+    return os.environ.get("KERNELS_CHECK", "") == "1"
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def implementations(operator: str) -> tuple[str, ...]:
+    """Names of the implementations of an operator that can run in this process.
+
+    Args:
+        operator: public name of the operator, such as `"fused_itc_loss"`.
+
+    Returns:
+        The names that `impl=` takes, `"auto"` excluded.
+
+    Raises:
+        ValueError: the operator is unknown.
+    """
+    return tuple(name for name in _declared(operator) if _obstacle(name, None) is None)
+
+
+def select(operator: str, impl: str, device: torch.device, **sizes: int) -> str:
+    """Name of the implementation to run on tensors of `device`; `sizes` are what `tuning.py` decides by."""
+    declared = _declared(operator)
+    if impl == "auto":
+        runnable = tuple(name for name in declared if _obstacle(name, device) is None)
+        return tuning.preferred(operator, device, runnable, **sizes)
+    if impl not in declared:
+        raise ValueError(f"{operator}: impl must be 'auto' or one of {', '.join(declared)}, got {impl!r}")
+    obstacle = _obstacle(impl, device)
+    if obstacle is not None:
+        raise ValueError(f"{operator}: impl={impl!r} {obstacle}")
+    return impl
+
+
+def require(condition: bool, operator: str, limit: str, value: object, error: type[Exception] = ValueError) -> None:
+    """Raise `error` naming operator, limit and value unless the condition holds."""
+    if not condition:
+        raise error(f"{operator}: {limit}, got {value}")
+
+
+def require_same_device(operator: str, tensors: Iterable[torch.Tensor | None]) -> None:
+    """Raise unless all tensors that are given lie on one device."""
+    devices = {t.device for t in tensors if t is not None}
+    require(len(devices) <= 1, operator, "all tensors must be on one device", sorted(map(str, devices)))
+
+
+def _declared(operator: str) -> tuple[str, ...]:
+    if operator not in OPERATORS:
+        raise ValueError(f"unknown operator {operator!r}; there are {', '.join(OPERATORS)}")
+    return OPERATORS[operator]
+
+
+def _obstacle(impl: str, device: torch.device | None) -> str | None:
+    """Why an implementation cannot run on `device` (None: on any device of this process), or None if it can."""
+    if impl == "cpu" and device is not None and device.type != "cpu":
+        return f"needs CPU tensors, got {device}"
+    if impl == "triton":
+        if not has_triton():
+            return "needs the package triton"
+        if interpreting():
+            return (
+                None
+                if device is None or device.type == "cpu"
+                else f"is interpreted and needs CPU tensors, got {device}"
+            )
+        if device is None:
+            return None if torch.cuda.is_available() else "needs a CUDA device or TRITON_INTERPRET=1"
+        return None if device.type == "cuda" else f"needs CUDA tensors or TRITON_INTERPRET=1, got {device}"
+    return None
