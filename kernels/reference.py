@@ -49,3 +49,75 @@ def siglip_loss(
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
+
+
+def attentive_select(
+    patches: Tensor,
+    tokens: Tensor,
+    valid: Tensor,
+    num_masked: int,
+    num_dropped: int,
+    block: int = 1,
+    grid: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Scores (B, P) and the index lists masked, visible, dropped, kept of patches (B, P, D) under tokens (B, T, D)."""
+    B, P, _ = patches.shape
+    dtype = _at_least_fp32(patches.dtype)
+    v = F.normalize(patches.to(dtype), dim=2, eps=1e-8)
+    t = F.normalize(tokens.to(dtype), dim=2, eps=1e-8)
+    # s_i = max_j <v_i, t_j> / (|v_i| |t_j|)
+    scores = v.new_zeros(B, P)
+    if tokens.shape[1] > 0:
+        similarity = (v @ t.mT).masked_fill(~valid[:, None, :], -torch.inf)
+        scores = similarity.amax(2).masked_fill(~valid.any(1, keepdim=True), 0.0)
+    rows, columns = grid if grid is not None else (1, P)
+    units = scores.reshape(B, rows // block, block, columns // block, block).permute(0, 1, 3, 2, 4).flatten(3).unbind(3)
+    total = units[0]
+    for unit in units[1:]:
+        total = total + unit
+    order = total.flatten(1).sort(dim=1, descending=True, stable=True).indices
+    # (B, units, block * block): the patches of each unit
+    members = torch.arange(P, device=patches.device).reshape(rows // block, block, columns // block, block)
+    members = members.permute(0, 2, 1, 3).reshape(-1, block * block)
+    ranked = members[order].flatten(1)
+    lists = ranked[:, :num_masked], ranked[:, num_masked:], ranked[:, P - num_dropped :], ranked[:, : P - num_dropped]
+    return scores, *(indices.sort(dim=1).values for indices in lists)
+
+
+def gather_patches(x: Tensor, index: Tensor, pos: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
+    """Rows of x (B, P, D) at index (B, K), plus pos (P, D) there, behind prefix (D,) or (B, D)."""
+    B, _, D = x.shape
+    dtype = _at_least_fp32(x.dtype)
+    rows = x.gather(1, index[:, :, None].expand(-1, -1, D)).to(dtype)
+    if pos is not None:
+        rows = rows + pos[index].to(dtype)
+    if prefix is not None:
+        rows = torch.cat([prefix.to(dtype).expand(B, D)[:, None], rows], dim=1)
+    return rows.to(x.dtype)
+
+
+def scatter_patches(x: Tensor, index: Tensor, fill: Tensor, num_patches: int, pos: Tensor | None = None) -> Tensor:
+    """Rows of x (B, K, D) at their places index (B, K) among P, fill (D,) elsewhere, plus pos (P, D)."""
+    B, _, D = x.shape
+    dtype = _at_least_fp32(x.dtype)
+    out = fill.to(dtype).expand(B, num_patches, D).scatter(1, index[:, :, None].expand(-1, -1, D), x.to(dtype))
+    if pos is not None:
+        out = out + pos.to(dtype)
+    return out.to(x.dtype)
+
+
+def masked_patch_loss(
+    pred: Tensor, images: Tensor, index: Tensor, patch_size: int, kind: str = "l1", reduction: str = "mean"
+) -> Tensor:
+    """Error of pred (B, K, p p C) against the pixels of the patches index (B, K) of images (B, C, H, W)."""
+    B, C, H, W = images.shape
+    p = patch_size
+    dtype = _at_least_fp32(pred.dtype)
+    patches = images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
+    target = patches.gather(1, index[:, :, None].expand(-1, -1, p * p * C)).to(dtype)
+    if kind == "mse_normalised":
+        variance, mean = torch.var_mean(target, dim=2, correction=0, keepdim=True)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+    error = pred.to(dtype) - target
+    total = error.abs().sum() if kind == "l1" else error.square().sum()
+    return total / max(1, pred.numel()) if reduction == "mean" else total
