@@ -1,0 +1,367 @@
+"""Configuration of the models: frozen dataclasses, their validation, and the presets."""
+
+import difflib
+import json
+import math
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+T = TypeVar("T")
+OBJECTIVES = ("itc", "ic", "tgmim")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is one line and names the key."""
+
+
+def from_dict(cls: type[T], data: dict[str, Any]) -> T:
+    """Builds a configuration dataclass from plain data, every key and type checked.
+
+    Args:
+        cls: a frozen dataclass of this module, or one that declares the same `__pydantic_config__`.
+        data: nested dictionaries, lists and scalars, as a JSON file holds them.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ConfigError: unknown key (with the nearest right one), missing key, wrong type or refused value.
+    """
+    try:
+        # Strict JSON mode: "12" is no integer and True no number, yet a list may stand for a tuple.
+        return _adapter(cls).validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise ConfigError(_one_line(cls, error)) from None
+    except (TypeError, RecursionError) as error:
+        raise ConfigError(f"{cls.__name__}: not plain data: {error}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested data of a configuration, the inverse of `from_dict` (tuples become lists)."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def nearest(key: str, known: Any) -> str:
+    """The clause `; did you mean 'x'?` for the closest of the known names, or an empty string."""
+    close = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def known_keys(cls: type, prefix: str = "") -> list[str]:
+    """Dotted names of every leaf key of a configuration dataclass, nested ones included."""
+    keys = []
+    for name, hint in get_type_hints(cls).items():
+        if name.startswith("_"):
+            continue
+        keys += known_keys(hint, f"{prefix}{name}.") if is_dataclass(hint) else [prefix + name]
+    return keys
+
+
+@cache
+def _adapter(cls: type) -> TypeAdapter:
+    return TypeAdapter(cls)
+
+
+def _one_line(cls: type, error: ValidationError) -> str:
+    first = min(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
+    loc, kind = [str(part) for part in first["loc"]], first["type"]
+    key = ".".join(loc) or cls.__name__
+    if kind == "unexpected_keyword_argument":
+        owner = cls
+        for part in loc[:-1]:
+            owner = get_type_hints(owner).get(part, owner) if is_dataclass(owner) else owner
+        local = nearest(loc[-1], [f.name for f in fields(owner)]) if is_dataclass(owner) else ""
+        elsewhere = [k for k in known_keys(cls) if k.rsplit(".", 1)[-1] == loc[-1]]
+        return f"{key}: unknown key" + (f"; did you mean '{elsewhere[0]}'?" if elsewhere else local)
+    if kind in ("missing", "missing_argument"):
+        return f"{key}: missing"
+    if kind == "value_error":
+        return f"{key}.{first['ctx']['error']}" if loc else str(first["ctx"]["error"])
+    if kind == "literal_error":
+        options = [part.strip().strip("'") for part in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        return f"{key}: {first['input']!r} is none of {', '.join(options)}{nearest(first['input'], options)}"
+    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        _require(getattr(config, name) > 0, f"{name}: must be positive, got {getattr(config, name)}")
+
+
+def _heads(width: int, heads: int) -> None:
+    _require(heads > 0 and width % heads == 0, f"heads: {heads} does not divide the width {width}")
+
+
+class _Strict:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class VisionConfig(_Strict):
+    """Image encoder: a ViT over square images (pixels)."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "image_size", "patch_size", "width", "depth", "mlp_ratio")
+        _heads(self.width, self.heads)
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"patch_size: {self.patch_size} does not divide the image size {self.image_size}",
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and per row."""
+        return (self.image_size // self.patch_size,) * 2
+
+    @property
+    def num_patches(self) -> int:
+        """P."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one patch: p * p * 3."""
+        return self.patch_size**2 * 3
+
+
+@dataclass(frozen=True)
+class TextConfig(_Strict):
+    """Causal text encoder; `context_length` is T, the [CLS] behind the caption not counted."""
+
+    context_length: int
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    pad_id: int = 0
+    sot_id: int = 1
+    eot_id: int = 2
+
+    def __post_init__(self) -> None:
+        _positive(self, "width", "depth", "mlp_ratio")
+        _heads(self.width, self.heads)
+        _require(self.context_length >= 2, f"context_length: at least [SOT] and [EOT], got {self.context_length}")
+        special = (self.pad_id, self.sot_id, self.eot_id)
+        _require(len(set(special)) == 3, f"pad_id, sot_id, eot_id: must differ, got {special}")
+        for name in ("pad_id", "sot_id", "eot_id"):
+            value = getattr(self, name)
+            _require(0 <= value < self.vocab_size, f"{name}: {value} is outside the vocabulary of {self.vocab_size}")
+
+
+@dataclass(frozen=True)
+class CaptionDecoderConfig(_Strict):
+    """Captioning decoder, as wide as the text encoder."""
+
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "depth", "heads", "mlp_ratio")
+
+
+@dataclass(frozen=True)
+class ImageDecoderConfig(_Strict):
+    """Image decoder of TG-MIM."""
+
+    depth: int
+    width: int
+    heads: int
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "depth", "width", "mlp_ratio")
+        _heads(self.width, self.heads)
+
+
+@dataclass(frozen=True)
+class MaskingConfig(_Strict):
+    """Which patches are masked for TG-MIM and which are dropped for captioning.
+
+    Attributes:
+        score_space: where the cosine of patches and tokens is taken.
+        mask_ratio: r_h, share of the patches that TG-MIM masks, 0..1.
+        drop_ratio: r_l, share of the patches that captioning does not see, 0..1 (1 excluded).
+        ic_mask_prob: share of the attentive steps on which captioning is masked, 0..1.
+        attentive_start: share of the steps before which masks are random and captioning sees all, 0..1.
+        block: side in patches of the squares that are selected together.
+        masked_input: `token` replaces masked patches by a learnable token before the encoder (SimMIM),
+            `drop` leaves them out of the encoder and puts the token into the decoder (MAE).
+        local_dim: width of the two heads of the space `local`.
+        local_group: pairs that are contrasted token by token with one another.
+    """
+
+    score_space: Literal["itc", "value", "local"] = "itc"
+    mask_ratio: float = 0.5
+    drop_ratio: float = 0.5
+    ic_mask_prob: float = 1.0
+    attentive_start: float = 0.0
+    block: int = 1
+    masked_input: Literal["token", "drop"] = "token"
+    local_dim: int = 64
+    local_group: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("mask_ratio", "drop_ratio", "ic_mask_prob", "attentive_start"):
+            _require(0 <= getattr(self, name) <= 1, f"{name}: must lie in 0..1, got {getattr(self, name)}")
+        _require(self.drop_ratio < 1, "drop_ratio: 1 would leave captioning without a patch")
+        _positive(self, "block", "local_dim", "local_group")
+
+
+@dataclass(frozen=True)
+class LossConfig(_Strict):
+    """Weights and forms of the losses.
+
+    Attributes:
+        local_weight: weight of the token-wise contrastive term; None means 1 while patches are selected
+            in the space `local`, else 0. Given explicitly it keeps the term without masks.
+        tgmim_kind: error of `kernels.masked_patch_loss`.
+        label_smoothing: of the contrastive loss, 0..1.
+        caption_label_smoothing: of the captioning loss, 0..1.
+    """
+
+    itc_weight: float = 1.0
+    caption_weight: float = 2.0
+    tgmim_weight: float = 1.0
+    local_weight: float | None = None
+    tgmim_kind: Literal["l1", "mse", "mse_normalised"] = "l1"
+    label_smoothing: float = 0.0
+    caption_label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("itc_weight", "caption_weight", "tgmim_weight", "local_weight"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < math.inf, f"{name}: must be at least 0, got {value}")
+        for name in ("label_smoothing", "caption_label_smoothing"):
+            _require(0 <= getattr(self, name) < 1, f"{name}: must lie in 0..1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Strict):
+    """A whole model. `logit_scale_init` and `logit_scale_max` are the scale itself, not its logarithm."""
+
+    embed_dim: int
+    vision: VisionConfig
+    text: TextConfig
+    caption_decoder: CaptionDecoderConfig
+    image_decoder: ImageDecoderConfig
+    masking: MaskingConfig = MaskingConfig()
+    loss: LossConfig = LossConfig()
+    objectives: tuple[str, ...] = OBJECTIVES
+    activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
+    logit_scale_init: float = 1 / 0.07
+    logit_scale_max: float = 100.0
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _positive(self, "embed_dim", "logit_scale_init", "logit_scale_max")
+        _heads(self.text.width, self.caption_decoder.heads)
+        _require(len(self.objectives) > 0, f"objectives: name at least one of {', '.join(OBJECTIVES)}")
+        for name in self.objectives:
+            known = ", ".join(OBJECTIVES)
+            _require(name in OBJECTIVES, f"objectives: '{name}' is none of {known}{nearest(name, OBJECTIVES)}")
+        _require(len(set(self.objectives)) == len(self.objectives), "objectives: each may be named once")
+        rows, cols = self.vision.grid
+        block = self.masking.block
+        _require(
+            rows % block == 0 and cols % block == 0,
+            f"masking.block: {block} does not divide the grid of {rows} x {cols} patches",
+        )
+        space = self.masking.score_space
+        _require(
+            not self.selects or self.masking.attentive_start == 1 or space == "local" or self.learns("itc"),
+            f"masking.score_space: '{space}' is trained by the objective 'itc', which is off",
+        )
+
+    def learns(self, objective: str) -> bool:
+        """Whether an objective is named and weighs more than nothing."""
+        weight = {"itc": "itc_weight", "ic": "caption_weight", "tgmim": "tgmim_weight"}[objective]
+        return objective in self.objectives and getattr(self.loss, weight) > 0
+
+    @property
+    def num_masked(self) -> int:
+        """Patches that TG-MIM masks, whole blocks."""
+        return self._whole_blocks(self.masking.mask_ratio) if self.learns("tgmim") else 0
+
+    @property
+    def num_dropped(self) -> int:
+        """Patches that captioning does not see, whole blocks."""
+        return self._whole_blocks(self.masking.drop_ratio) if self.learns("ic") else 0
+
+    @property
+    def selects(self) -> bool:
+        """Whether any patch is ever selected; without it the model is CoCa."""
+        return self.num_masked > 0 or self.num_dropped > 0
+
+    @property
+    def local_weight(self) -> float:
+        """Weight of the token-wise contrastive term."""
+        if self.loss.local_weight is not None:
+            return self.loss.local_weight
+        return 1.0 if self.selects and self.masking.score_space == "local" else 0.0
+
+    def _whole_blocks(self, ratio: float) -> int:
+        area = self.masking.block**2
+        return int(ratio * self.vision.num_patches) // area * area
+
+
+_CLIP_IDS = {"pad_id": 0, "sot_id": 49406, "eot_id": 49407}
+_OURS = MaskingConfig(score_space="local", ic_mask_prob=0.5, attentive_start=0.3, masked_input="drop")
+
+MODEL_PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(
+        embed_dim=128,
+        vision=VisionConfig(image_size=64, patch_size=8, width=128, depth=4, heads=4),
+        text=TextConfig(context_length=32, vocab_size=512, width=128, depth=3, heads=4),
+        caption_decoder=CaptionDecoderConfig(depth=2, heads=4),
+        image_decoder=ImageDecoderConfig(depth=2, width=128, heads=4),
+        masking=_OURS,
+    ),
+    "small": ModelConfig(
+        embed_dim=256,
+        vision=VisionConfig(image_size=128, patch_size=16, width=256, depth=6, heads=4),
+        text=TextConfig(context_length=32, vocab_size=4096, width=256, depth=4, heads=4),
+        caption_decoder=CaptionDecoderConfig(depth=3, heads=4),
+        image_decoder=ImageDecoderConfig(depth=2, width=256, heads=4),
+        masking=_OURS,
+    ),
+    "base_16": ModelConfig(
+        embed_dim=512,
+        vision=VisionConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12),
+        text=TextConfig(context_length=76, vocab_size=49408, width=512, depth=12, heads=8, **_CLIP_IDS),
+        caption_decoder=CaptionDecoderConfig(depth=12, heads=8),
+        image_decoder=ImageDecoderConfig(depth=4, width=512, heads=8),
+        masking=_OURS,
+    ),
+    "coca_base": ModelConfig(
+        embed_dim=512,
+        vision=VisionConfig(image_size=288, patch_size=18, width=768, depth=12, heads=12),
+        text=TextConfig(context_length=76, vocab_size=64000, width=768, depth=12, heads=12, **_CLIP_IDS),
+        caption_decoder=CaptionDecoderConfig(depth=12, heads=12),
+        image_decoder=ImageDecoderConfig(depth=4, width=768, heads=12),
+    ),
+    "large_14": ModelConfig(
+        embed_dim=768,
+        vision=VisionConfig(image_size=224, patch_size=14, width=1024, depth=24, heads=16),
+        text=TextConfig(context_length=76, vocab_size=49408, width=768, depth=12, heads=12, **_CLIP_IDS),
+        caption_decoder=CaptionDecoderConfig(depth=12, heads=12),
+        image_decoder=ImageDecoderConfig(depth=4, width=768, heads=12),
+        masking=_OURS,
+    ),
+}
