@@ -1,0 +1,51 @@
+# make train       set up, then pre-train on the built-in scenes
+# make test        set up, then the tests
+# make test-runs   whole commands: the main job, resume, what the README shows
+# make test-full   every documented command at full length
+# make check       style
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+SECOND_TRITON := 3.6.0
+export TRITON_ALT := $(CURDIR)/$(VENV)/triton-$(SECOND_TRITON)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup train test test-runs test-full check bench clean
+
+train: $(VENV)/.ready
+	deepspeed train/pretrain.py --config ds_zero2.json
+
+test: $(VENV)/.ready $(VENV)/.triton
+	OMP_NUM_THREADS=1 python -m pytest tests -m "not run and not full and not gpu"
+
+test-runs: $(VENV)/.ready
+	python -m pytest tests -m "run and not full and not gpu"
+
+test-full: $(VENV)/.ready $(VENV)/.triton
+	python -m pytest tests -m "run or full"
+
+check: $(VENV)/.ready
+	ruff check .
+	ruff format --check .
+
+bench: $(VENV)/.ready
+	python -m pytest bench/ --benchmark-only
+
+setup: $(VENV)/.ready $(VENV)/.triton
+
+# The project's dependencies at their tested versions, but not the project: its commands run from the checkout.
+$(VENV)/.ready: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	$(PIP) uninstall -y sycoca
+	$(PIP) install --no-deps -c constraints.txt open_clip_torch ftfy regex wcwidth
+	touch $@
+
+$(VENV)/.triton: $(VENV)/.ready
+	$(PIP) install --no-deps --target $(TRITON_ALT) triton==$(SECOND_TRITON)
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .benchmarks

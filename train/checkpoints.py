@@ -1,0 +1,54 @@
+"""Checkpoints of a run: written beside, renamed into place, the last few kept.
+
+A checkpoint is DeepSpeed's (any ZeRO stage) plus the integers that the data order and the schedules need.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+_TAG = re.compile(r"step_(\d{8})")
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Steps of the complete checkpoints in a run's folder, ascending."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for match in map(_TAG.fullmatch, os.listdir(folder)) if match)
+
+
+def save_checkpoint(engine, run_dir: Path, *, step: int, keep: int) -> Path:
+    """Saves the engine after `step` optimizer steps and keeps the last `keep` checkpoints. All ranks call it."""
+    folder = run_dir / "checkpoints"
+    tag = f"step_{step:08d}"
+    partial = folder / ".partial"
+    is_first = dist.get_rank() == 0
+    if is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(partial), tag=tag, client_state={"step": step}, save_latest=False)
+    dist.barrier()
+    if is_first:
+        shutil.rmtree(folder / tag, ignore_errors=True)
+        os.replace(partial / tag, folder / tag)
+        shutil.rmtree(partial, ignore_errors=True)
+        for old in checkpoint_steps(run_dir)[:-keep]:
+            shutil.rmtree(folder / f"step_{old:08d}", ignore_errors=True)
+    dist.barrier()
+    return folder / tag
+
+
+def load_checkpoint(engine, run_dir: Path, step: int) -> None:
+    """Loads weights and optimizer state of the checkpoint at `step` into the engine.
+
+    Raises:
+        RuntimeError: DeepSpeed found nothing to load, or a checkpoint of another step.
+    """
+    path, state = engine.load_checkpoint(str(run_dir / "checkpoints"), tag=f"step_{step:08d}")
+    if path is None or state.get("step") != step:
+        raise RuntimeError(f"checkpoint step_{step:08d} in {run_dir} could not be loaded")

@@ -1,0 +1,78 @@
+"""DeepSpeed's start-up: process group, engine, and quiet.
+
+Importing this module imports torch and DeepSpeed; call `quiet_environment` before.
+"""
+
+import contextlib
+import logging
+import os
+import warnings
+
+
+def quiet_environment(has_cuda: bool) -> None:
+    """Keeps other libraries' start-up chatter off the terminal. Warnings about what this project calls still show."""
+    if not has_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for module in ("torch.distributed", "torch.jit", "deepspeed", "pydantic"):
+        warnings.filterwarnings("ignore", module=module)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _uncompiled():
+    # DeepSpeed decorates Muon's helper with torch.compile at import, which loads inductor: seconds of start-up for an
+    # optimizer that is not used here.
+    import torch
+
+    compile_function = torch.compile
+    torch.compile = lambda model=None, **kwargs: model if callable(model) else (lambda function: function)
+    try:
+        yield
+    finally:
+        torch.compile = compile_function
+
+
+def import_deepspeed():
+    """The deepspeed module, imported without its compile-time side effects."""
+    with _uncompiled():
+        import deepspeed
+        import deepspeed.runtime.zero.muon.original_muon
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # The CPU communication extension costs up to 80 s of compilation at first use; gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def start_process_group(deepspeed, has_cuda: bool, timeout_s: float) -> None:
+    """Joins the launcher's process group, or makes one of this process alone when nothing launched it."""
+    from datetime import timedelta
+
+    import torch
+
+    rank = int(os.environ.setdefault("RANK", "0"))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", str(rank)))
+    world = int(os.environ.setdefault("WORLD_SIZE", "1"))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if has_cuda:
+        torch.cuda.set_device(local_rank)
+    else:
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        torch.set_num_threads(max(1, _cores() // local_world))
+    if world == 1 and "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    backend = "nccl" if has_cuda else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,327 @@
+"""The command line of a run: a preset, typed `key=value` overrides, and what a DeepSpeed JSON adds.
+
+Who owns what: the JSON's batch, precision, optimizer and schedule win over the preset; against an explicit override
+that differs they are an error; "auto" leaves the preset's. Nothing here imports torch.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import json
+import os
+import sys
+import types
+import typing
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from sycoca.config import ConfigError, from_dict, nearest, to_dict
+from train import deepspeed_json
+from train.config import PRESETS, RunConfig, preset
+from train.data.sample import DataError
+from train.data.spec import check_source
+from train.run_folder import check_writable, free_run_dir, read_run_config, resume_dir
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the command line and the files it names ask for, checked."""
+
+    config: RunConfig
+    deepspeed: dict[str, Any]
+    run_dir: Path
+    resume: bool
+    notes: tuple[str, ...] = ()
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog=prog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Pre-trains SyCoCa or CoCa under DeepSpeed ZeRO.",
+        epilog="examples:\n"
+        "  deepspeed train/pretrain.py --config ds_zero2.json\n"
+        "  deepspeed train/pretrain.py --config ds_zero2.json --preset small --data captions.tsv train.epochs=10\n"
+        "  deepspeed train/pretrain.py --config ds_zero2.json --resume --run-dir runs/tiny\n",
+    )
+    p.add_argument(
+        "--config", required=True, metavar="JSON", help="DeepSpeed JSON, looked up as given, then beside this script"
+    )
+    p.add_argument("--preset", help=f"one of {', '.join(PRESETS)}; without it the one that fits the hardware")
+    p.add_argument("--data", help="training source: scenes, a TSV or CSV table, or a folder with captions.tsv")
+    p.add_argument("--run-dir", type=Path, help="folder of the run; without it a free one under runs/")
+    p.add_argument("--resume", action="store_true", help="continue --run-dir, or else the newest run")
+    p.add_argument("--print-config", action="store_true", help="print the effective configuration and stop")
+    p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as train.steps=100 or lr=1e-3")
+    return p
+
+
+def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
+    """Reads command line, DeepSpeed JSON and preset into one checked configuration.
+
+    Args:
+        argv: arguments behind the script's name.
+        script: the script; JSON files are also looked up beside it.
+        has_cuda: whether a CUDA device is at hand; chooses the default preset and precision.
+
+    Returns:
+        The launch, with every "auto" resolved.
+
+    Raises:
+        ConfigError: one line naming the key or path and the nearest right one.
+    """
+    args = parser(script.name).parse_intermixed_args(argv)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    ds_path = deepspeed_json.find(args.config, script.parent)
+    ds_raw, ds = deepspeed_json.read(ds_path)
+    run_dir = resume_dir(args.run_dir) if args.resume else None
+    config = read_run_config(run_dir) if args.resume else preset(args.preset, has_cuda)
+    if args.resume and args.preset not in (None, config.preset):
+        raise ConfigError(f"--preset {args.preset} differs from the resumed run's, {config.preset}")
+    overrides = dict(split_override(text, config) for text in args.overrides)
+    if args.data is not None:
+        if overrides.get("data.train", args.data) != args.data:
+            raise ConfigError(f"--data {args.data} and data.train={overrides['data.train']} differ")
+        overrides["data.train"] = args.data
+    config = apply_overrides(config, overrides)
+    config = absorb_deepspeed(config, ds, overrides, ds_path.name, world)
+    config = _settle(config, overrides, has_cuda)
+    if run_dir is None:
+        run_dir = free_run_dir(args.run_dir, config.preset)
+    launch = Launch(config, _deepspeed_dict(ds_raw, ds, config, world), run_dir, args.resume, _notes(config))
+    if args.print_config:
+        print(json.dumps(effective(launch), indent=2))
+        sys.exit(0)
+    _check_sources(config)
+    check_writable(run_dir)
+    return launch
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value of every field that is not itself a group of fields."""
+    result = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        name = prefix + field.name
+        result.update(leaves(value, name + ".") if is_dataclass(value) else {name: value})
+    return result
+
+
+def split_override(text: str, config: RunConfig) -> tuple[str, Any]:
+    """`key=value` -> (full dotted key, value). A key may be shortened to any ending that only one field has."""
+    key, equals, value = text.partition("=")
+    known = [name for name in leaves(config) if name != "preset"]
+    if not equals:
+        raise ConfigError(f"{text!r} is not of the form key=value{nearest(text, known)}")
+    full = [name for name in known if name == key] or [name for name in known if name.endswith("." + key)]
+    if len(full) > 1:
+        raise ConfigError(f"{key} is ambiguous: {', '.join(full)}")
+    if not full:
+        endings = {ending: name for name in known for ending in (name, name.rpartition(".")[2])}
+        close = difflib.get_close_matches(key, endings, 1, 0.4)
+        raise ConfigError(f"{key}: unknown key" + (f"; did you mean '{endings[close[0]]}'?" if close else ""))
+    return full[0], _value(value, _annotation(config, full[0]))
+
+
+def _annotation(config: Any, name: str) -> Any:
+    head, _, rest = name.partition(".")
+    if rest:
+        return _annotation(getattr(config, head), rest)
+    return typing.get_type_hints(type(config))[head]
+
+
+def _value(text: str, annotation: Any) -> Any:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    if any(typing.get_origin(option) is tuple for option in options):
+        items = text.strip("[]()").split(",") if text.strip("[]()") else []
+        element = next(typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple)
+        return [_value(item.strip(), element) for item in items]
+    if str in options or any(typing.get_origin(option) is Literal for option in options):
+        return text
+    try:
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except ValueError:
+        return text
+
+
+def apply_overrides(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
+    """The configuration with dotted keys replaced; types are checked."""
+    data = to_dict(config)
+    for name, value in overrides.items():
+        *groups, leaf = name.split(".")
+        group = data
+        for part in groups:
+            group = group[part]
+        group[leaf] = value
+    return from_dict(RunConfig, data)
+
+
+def absorb_deepspeed(
+    config: RunConfig, ds: deepspeed_json.DeepSpeedJson, overrides: dict[str, Any], name: str, world: int
+) -> RunConfig:
+    """Takes over what the JSON says of batch, precision, optimizer and schedule.
+
+    The JSON wins over the preset; against an explicit override that differs it is an error; "auto" leaves the preset's.
+    """
+    found = _from_deepspeed(ds, config, world)
+    for key, (value, json_key) in found.items():
+        if value in (None, "auto"):
+            continue
+        value = list(value) if isinstance(value, tuple) else value
+        if key in overrides and overrides[key] != value:
+            raise ConfigError(
+                f"{name} says {json_key}: {json.dumps(value)}, but the command line says {key}={overrides[key]}"
+            )
+    return apply_overrides(
+        config, {key: _plain(value) for key, (value, _) in found.items() if value not in (None, "auto")}
+    )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _from_deepspeed(ds: deepspeed_json.DeepSpeedJson, config: RunConfig, world: int) -> dict[str, tuple[Any, str]]:
+    micro, accumulation = ds.train_micro_batch_size_per_gpu, ds.gradient_accumulation_steps
+    total = ds.train_batch_size
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        value = getattr(ds, key)
+        if isinstance(value, int) and value < 1:
+            raise ConfigError(f"{key} is {value}, needs at least 1")
+    if isinstance(total, int):
+        factors = [f for f in (micro, accumulation) if isinstance(f, int)]
+        product = world
+        for factor in factors:
+            product *= factor
+        if (len(factors) == 2 and product != total) or total % product:
+            raise ConfigError(
+                f"train_batch_size {total} is not train_micro_batch_size_per_gpu {micro or 'unset'} x "
+                f"gradient_accumulation_steps {accumulation or 'unset'} x {world} rank(s)"
+            )
+        if not isinstance(micro, int):
+            accumulation = accumulation if isinstance(accumulation, int) else config.train.accumulation
+            if total % (accumulation * world):
+                raise ConfigError(
+                    f"train_batch_size {total} is no multiple of gradient_accumulation_steps {accumulation} "
+                    f"x {world} rank(s)"
+                )
+            micro = total // (accumulation * world)
+        elif not isinstance(accumulation, int):
+            accumulation = total // (micro * world)
+    result: dict[str, tuple[Any, str]] = {
+        "train.micro_batch": (micro, "train_micro_batch_size_per_gpu"),
+        "train.accumulation": (accumulation, "gradient_accumulation_steps"),
+        "train.precision": (_precision(ds), "precision"),
+    }
+    if ds.optimizer is not None:
+        for field in ("lr", "betas", "eps", "weight_decay"):
+            result[f"optimizer.{field}"] = (getattr(ds.optimizer.params, field), f"optimizer.params.{field}")
+    if ds.scheduler is not None:
+        names = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine", "auto": "auto"}
+        params = ds.scheduler.params
+        result["schedule.name"] = (names[ds.scheduler.type], "scheduler.type")
+        result["schedule.warmup_steps"] = (params.warmup_num_steps, "scheduler.params.warmup_num_steps")
+        result["schedule.final_share"] = (params.cos_min_ratio, "scheduler.params.cos_min_ratio")
+        result["train.steps"] = (params.total_num_steps, "scheduler.params.total_num_steps")
+        lr = params.warmup_max_lr
+        if isinstance(lr, float) and result.get("optimizer.lr", (lr,))[0] not in (None, "auto", lr):
+            raise ConfigError(
+                f"scheduler.params.warmup_max_lr {lr} and optimizer.params.lr {result['optimizer.lr'][0]} differ"
+            )
+        if isinstance(lr, float):
+            result["optimizer.lr"] = (lr, "scheduler.params.warmup_max_lr")
+    given = {key: value for key, value in result.items() if value[0] not in (None, "auto")}
+    return {key: (list(v) if isinstance(v, tuple) else v, json_key) for key, (v, json_key) in given.items()}
+
+
+def _precision(ds: deepspeed_json.DeepSpeedJson) -> str | None:
+    sections = {"fp16": ds.fp16, "bf16": ds.bf16, "torch_autocast": ds.torch_autocast}
+    on = [name for name, section in sections.items() if section is not None and section.enabled is True]
+    if len(on) > 1:
+        raise ConfigError(f"{on[0]}.enabled and {on[1]}.enabled are both true")
+    if on:
+        return {"fp16": "fp16", "bf16": "bf16"}.get(on[0]) or {"bfloat16": "bf16", "float16": "fp16"}[
+            ds.torch_autocast.dtype
+        ]
+    if any(section is not None and section.enabled is False for section in sections.values()):
+        return "fp32"
+    return None
+
+
+def _settle(config: RunConfig, overrides: dict[str, Any], has_cuda: bool) -> RunConfig:
+    train, schedule = config.train, config.schedule
+    if train.precision == "auto":
+        train = replace(train, precision="bf16" if has_cuda else "fp32")
+    if train.steps is not None and train.epochs is not None:
+        if "train.epochs" in overrides and "train.steps" in overrides:
+            raise ConfigError("train.steps and train.epochs are both given; one of them says how long the run is")
+        train = replace(train, steps=None) if "train.epochs" in overrides else replace(train, epochs=None)
+    bounds = [
+        ("train.steps", train.steps, 1),
+        ("train.micro_batch", train.micro_batch, 1),
+        ("train.accumulation", train.accumulation, 1),
+        ("train.log_every", train.log_every, 1),
+        ("train.save_every", train.save_every, 1),
+        ("train.keep_last", train.keep_last, 1),
+        ("data.workers", config.data.workers, 0),
+        ("data.val_pairs", config.data.val_pairs, 2),
+        ("schedule.warmup_steps", schedule.warmup_steps, 0),
+    ]
+    for name, value, least in bounds:
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}, needs at least {least}")
+    if train.steps is None and (train.epochs is None or train.epochs <= 0):
+        raise ConfigError(f"train.epochs is {train.epochs}, needs to be above 0, or set train.steps")
+    if config.optimizer.lr <= 0:
+        raise ConfigError(f"optimizer.lr is {config.optimizer.lr}, needs to be above 0")
+    return replace(config, train=train)
+
+
+def _deepspeed_dict(raw: dict, ds: deepspeed_json.DeepSpeedJson, config: RunConfig, world: int) -> dict[str, Any]:
+    result = {key: value for key, value in raw.items() if key not in deepspeed_json.OWNED_BY_PRESET}
+    train = config.train
+    result["train_micro_batch_size_per_gpu"] = train.micro_batch
+    result["gradient_accumulation_steps"] = train.accumulation
+    result["train_batch_size"] = train.micro_batch * train.accumulation * world
+    result.setdefault("gradient_clipping", ds.gradient_clipping)
+    section = next(
+        (name for name in ("fp16", "bf16") if (s := getattr(ds, name)) is not None and s.enabled is True), None
+    )
+    if section is not None:
+        result[section] = raw[section]
+    elif train.precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[train.precision]
+        given = raw.get("torch_autocast", {})
+        result["torch_autocast"] = {**given, "enabled": True, "dtype": dtype}
+    return result
+
+
+def _notes(config: RunConfig) -> tuple[str, ...]:
+    k = config.train.accumulation
+    if k == 1:
+        return ()
+    return (f"gradient_accumulation_steps {k}: {k} separate contrastive batches, their losses averaged",)
+
+
+def effective(launch: Launch) -> dict[str, Any]:
+    """The effective configuration as plain data, as it is printed and written into the run's folder."""
+    return {"run": to_dict(launch.config), "deepspeed": launch.deepspeed}
+
+
+def _check_sources(config: RunConfig) -> None:
+    for spec in filter(None, (config.data.train, config.data.val)):
+        try:
+            check_source(spec)
+        except DataError as error:
+            raise ConfigError(str(error)) from None
+    name = config.data.tokenizer
+    if name == "clip" and importlib.util.find_spec("open_clip") is None:
+        raise ConfigError(
+            f'data.tokenizer=clip (preset {config.preset}) needs CLIP\'s vocabulary: pip install "sycoca[openclip]"'
+        )
+    if name not in ("clip", "bpe") and not Path(name).is_file():
+        raise ConfigError(f"data.tokenizer={name}: no such file; known: bpe, clip, or a tokenizer.json")

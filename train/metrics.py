@@ -1,0 +1,186 @@
+"""Metrics of a run: one JSON line a step, TensorBoard events, and a progress display.
+
+Device tensors are kept as they are and read together every few steps, so that a step never waits for the device.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+LOSS_NAMES = ("loss", "itc", "caption", "tgmim", "local", "mask_overlap")
+
+
+@dataclass
+class Timing:
+    """Host-side facts of one step: seconds waited for data, seconds in all, pairs over all ranks."""
+
+    wait_s: float
+    step_s: float
+    pairs: int
+
+
+class RunLog:
+    """Collects what every rank measures and lets rank 0 write and show it.
+
+    Args:
+        run_dir: the run's folder, existing.
+        total_steps: length of the run.
+        group: process group over which losses are averaged, or None for this process alone.
+        every: steps between two readings of the device.
+        log_scale_max: unused values are never written; losses that a model lacks are left out.
+    """
+
+    def __init__(self, run_dir: Path, *, total_steps: int, first_step: int, every: int, group=None):
+        self.total_steps, self.every, self.group = total_steps, every, group
+        self.writes = group is None or dist.get_rank(group) == 0
+        self._pending: list[tuple[int, torch.Tensor, dict]] = []
+        self._timing: list[Timing] = []
+        self._started, self._first_step = time.perf_counter(), first_step
+        self._display = Display(total_steps, first_step) if self.writes else None
+        self._jsonl = self._events = None
+        if self.writes:
+            truncate_after(run_dir / "metrics.jsonl", first_step)
+            self._jsonl = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+            self._run_dir = run_dir
+
+    def step(self, step: int, values: list[torch.Tensor], scalars: dict, timing: Timing) -> None:
+        """Takes one finished step: loss tensors in the order of LOSS_NAMES, host scalars, timing."""
+        self._pending.append((step, torch.stack([v.detach().float().reshape(()) for v in values]), scalars))
+        self._timing.append(timing)
+        if (step + 1) % self.every == 0 or step + 1 == self.total_steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Reads the pending steps from the device, averages them over the ranks and writes them."""
+        if not self._pending:
+            return
+        losses = torch.stack([values for _, values, _ in self._pending])
+        if self.group is not None:
+            dist.all_reduce(losses, group=self.group)
+            losses /= dist.get_world_size(self.group)
+        losses = losses.tolist()
+        wait = sum(t.wait_s for t in self._timing) / max(1e-9, sum(t.step_s for t in self._timing))
+        rate = sum(t.pairs for t in self._timing) / max(1e-9, sum(t.step_s for t in self._timing))
+        pending, self._pending, self._timing = self._pending, [], []
+        if not self.writes:
+            return
+        for (step, _, scalars), values in zip(pending, losses, strict=True):
+            row = {"step": step + 1, **dict(zip(LOSS_NAMES, values, strict=True)), **_floats(scalars)}
+            row = {name: value for name, value in row.items() if value == value}  # NaN marks an absent loss
+            last = row
+            self._jsonl.write(json.dumps(row) + "\n")
+        memory = memory_gib()
+        done = last["step"] - self._first_step
+        remaining_s = (time.perf_counter() - self._started) / max(1, done) * (self.total_steps - last["step"])
+        shown = {**last, "pairs_per_s": rate, "data_wait": wait, "memory_gib": memory, "eta_s": remaining_s}
+        self._jsonl.flush()
+        self._write_events(shown)
+        self._display.show(shown)
+
+    def _write_events(self, row: dict) -> None:
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=row["step"])
+        for name, value in row.items():
+            if name not in ("step", "eta_s"):
+                self._events.add_scalar(f"train/{name}", value, row["step"])
+
+    def say(self, text: str) -> None:
+        """A line for people, above the progress display."""
+        if self._display is not None:
+            self._display.say(text)
+
+    def close(self) -> None:
+        self.flush()
+        if self.writes:
+            self._display.close()
+            self._jsonl.close()
+            if self._events is not None:
+                self._events.close()
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drops rows behind `step`, which a resumed run will write again."""
+    if not path.exists():
+        return
+    rows = path.read_text(encoding="utf-8").splitlines()
+    kept = [row for row in rows if _is_row(row) and json.loads(row)["step"] <= step]
+    path.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
+
+
+def _is_row(line: str) -> bool:
+    try:
+        return "step" in json.loads(line)
+    except ValueError:
+        return False
+
+
+def _floats(scalars: dict) -> dict:
+    return {name: float(value) for name, value in scalars.items() if value is not None}
+
+
+def memory_gib() -> float:
+    """Peak device memory on CUDA, else the resident memory of this process, in GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**30
+
+
+class Display:
+    """A progress bar with a line of figures on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total_steps: int, first_step: int):
+        self._live = None
+        self._total = total_steps
+        if sys.stdout.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._live = Progress(
+                TextColumn("training"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[figures]}"),
+                console=Console(highlight=False),
+                expand=True,
+            )
+            self._task = self._live.add_task("train", total=total_steps, completed=first_step, figures="")
+            self._live.start()
+
+    def show(self, row: dict) -> None:
+        figures = format_figures(row)
+        if self._live is not None:
+            self._live.update(self._task, completed=row["step"], figures=figures)
+        else:
+            width = len(str(self._total))
+            eta = timedelta(seconds=round(row["eta_s"]))
+            print(f"step {row['step']:{width}d}/{self._total}  {figures}  eta {eta}", flush=True)
+
+    def say(self, text: str) -> None:
+        if self._live is not None:
+            self._live.console.print(text, markup=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def format_figures(row: dict) -> str:
+    """The figures of one row in one line."""
+    losses = "  ".join(f"{name} {row[name]:.3f}" for name in ("itc", "caption", "tgmim") if name in row)
+    return (
+        f"{losses}  lr {row['lr']:.1e}  |g| {row['grad_norm']:.2f}  {row['pairs_per_s']:.0f} pairs/s  "
+        f"data wait {row['data_wait']:.0%}  {row['memory_gib']:.1f} GiB"
+    )

@@ -1,0 +1,76 @@
+"""Optimizer, learning-rate schedules and the clamp of the logit scale.
+
+The schedules are pure functions of the step, so a resumed run needs no scheduler state.
+The clamp acts on what the optimizer updates: under ZeRO that is the fp32 master partition, before it is copied back.
+"""
+
+import math
+
+import torch
+
+from train.config import OptimizerConfig, ScheduleConfig
+
+
+def build_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over parameter groups; a group's `max_value` bounds its parameters from above after every step.
+
+    Args:
+        groups: parameter groups as `torch.optim` takes them, with the optional key `max_value`.
+        config: learning rate, betas, epsilon and the weight decay of groups that set none.
+
+    Returns:
+        The optimizer, fused on CUDA.
+    """
+    for group in groups:
+        group.setdefault("max_value", None)
+    on_cuda = any(p.is_cuda for group in groups for p in group["params"])
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True if on_cuda else None,
+    )
+    optimizer.register_step_post_hook(_clamp)
+    return optimizer
+
+
+@torch.no_grad()
+def _clamp(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    for group in optimizer.param_groups:
+        if group["max_value"] is not None:
+            for p in group["params"]:
+                p.clamp_(max=group["max_value"])
+
+
+def learning_rate_factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
+    """Factor on the peak learning rate at `step` of `total_steps`: linear warm-up, then the schedule's decay.
+
+    Args:
+        config: the schedule; `wsd` is warm-up-stable-decay, its decay taking the last `decay_share` of all steps.
+        step: 0-based index of the optimizer step about to be taken.
+        total_steps: number of steps of the whole run.
+
+    Returns:
+        A factor in 0..1.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    start = config.warmup_steps
+    if config.name == "wsd":
+        start = max(start, round(total_steps * (1 - config.decay_share)))
+    progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - start)))
+    if config.name == "cosine":
+        shape = 0.5 * (1 + math.cos(math.pi * progress))
+    elif config.name == "constant":
+        shape = 1.0
+    else:
+        shape = 1 - progress
+    return config.final_share + (1 - config.final_share) * shape
+
+
+def set_learning_rate(optimizer, learning_rate: float) -> None:
+    """Sets the rate of every group, times the group's `lr_scale` where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
