@@ -21,6 +21,18 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in map(_TAG.fullmatch, os.listdir(folder)) if match)
 
 
+def newest_checkpoint(run_dir: Path) -> int:
+    """Step of the newest complete checkpoint.
+
+    Raises:
+        FileNotFoundError: the run has none.
+    """
+    steps = checkpoint_steps(run_dir)
+    if not steps:
+        raise FileNotFoundError(f"{run_dir} holds no checkpoint")
+    return steps[-1]
+
+
 def save_checkpoint(engine, run_dir: Path, *, step: int, keep: int) -> Path:
     """Saves the engine after `step` optimizer steps and keeps the last `keep` checkpoints. All ranks call it."""
     folder = run_dir / "checkpoints"

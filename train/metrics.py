@@ -31,9 +31,9 @@ class RunLog:
     Args:
         run_dir: the run's folder, existing.
         total_steps: length of the run.
-        group: process group over which losses are averaged, or None for this process alone.
+        first_step: where this process starts; later rows of an earlier one are dropped.
         every: steps between two readings of the device.
-        log_scale_max: unused values are never written; losses that a model lacks are left out.
+        group: process group over which losses are averaged, or None for this process alone.
     """
 
     def __init__(self, run_dir: Path, *, total_steps: int, first_step: int, every: int, group=None):

@@ -3,6 +3,7 @@
 deepspeed train/pretrain.py --config ds_zero2.json
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,8 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from sycoca.config import ConfigError
 from train.hardware import has_cuda
-from train.launch import Launch
+from train.launch import Launch, parse
 
 
 def pretrain(launch: Launch) -> None:
@@ -26,33 +28,36 @@ def pretrain(launch: Launch) -> None:
     from sycoca.masking import step_plan
     from sycoca.model import SyCoCa, parameter_groups
 
-    from train.checkpoints import checkpoint_steps, load_checkpoint, save_checkpoint
+    from train.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+    from train.inputs import open_inputs
     from train.metrics import RunLog, Timing
     from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
 
-    config, train = launch.config, launch.config.train
+    config, train, run_dir = launch.config, launch.config.train, launch.run_dir
     start_process_group(deepspeed, has_cuda(), train.timeout_s)
     rank, world = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD if world > 1 else None
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
-    run = open_run(launch, rank)
-    first_step = checkpoint_steps(launch.run_dir)[-1] if launch.resume else 0
+    inputs = open_inputs(launch, rank=rank, world=world)
+    first_step = newest_checkpoint(run_dir) if launch.resume else 0
+    stage = launch.deepspeed.get("zero_optimization", {}).get("stage", 0)
 
     torch.manual_seed(train.seed)
-    with deepspeed.zero.Init(config_dict_or_path=launch.deepspeed, enabled=run.stage == 3):
+    with deepspeed.zero.Init(config_dict_or_path=launch.deepspeed, enabled=stage == 3):
         model = SyCoCa(config.model)
     optimizer = build_optimizer(parameter_groups(model, config.optimizer.weight_decay), config.optimizer)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=launch.deepspeed)
     if launch.resume:
-        load_checkpoint(engine, launch.run_dir, first_step)
+        load_checkpoint(engine, run_dir, first_step)
 
-    log = RunLog(launch.run_dir, total_steps=run.total_steps, first_step=first_step, every=train.log_every, group=group)
-    batches = run.batches(first_step, device)
-    for step in range(first_step, run.total_steps):
+    log = RunLog(run_dir, total_steps=inputs.total_steps, first_step=first_step, every=train.log_every, group=group)
+    log.say(start_line(launch, model, inputs, world, first_step))
+    batches = inputs.batches(first_step * train.accumulation, device)
+    for step in range(first_step, inputs.total_steps):
         started, waited = time.perf_counter(), 0.0
-        plan = step_plan(config.model.masking, step, run.total_steps, train.seed)
-        lr = config.optimizer.lr * learning_rate_factor(config.schedule, step, run.total_steps)
+        plan = step_plan(config.model.masking, step, inputs.total_steps, train.seed)
+        lr = config.optimizer.lr * learning_rate_factor(config.schedule, step, inputs.total_steps)
         set_learning_rate(optimizer, lr)
         for _ in range(train.accumulation):
             asked = time.perf_counter()
@@ -61,13 +66,75 @@ def pretrain(launch: Launch) -> None:
             losses = engine(batch, plan, group)
             engine.backward(losses.total)
             engine.step()
-        pairs = len(batch.images) * train.accumulation * world
-        log.step(
-            step,
-            losses,
-            {"lr": lr, "grad_norm": engine.get_global_grad_norm()},
-            Timing(waited, time.perf_counter() - started, pairs),
-        )
-        if (step + 1) % train.save_every == 0 or step + 1 == run.total_steps:
-            save_checkpoint(engine, launch.run_dir, step=step + 1, keep=train.keep_last)
+        timing = Timing(waited, time.perf_counter() - started, len(batch.images) * train.accumulation * world)
+        log.step(step, losses, {"lr": lr, "grad_norm": engine.get_global_grad_norm()}, timing)
+        if (step + 1) % train.save_every == 0 or step + 1 == inputs.total_steps:
+            save_checkpoint(engine, run_dir, step=step + 1, keep=train.keep_last)
     log.close()
+    evaluate_at_end(engine, launch, inputs, device, group)
+    dist.destroy_process_group()
+
+
+def start_line(launch: Launch, model, inputs, world: int, first_step: int) -> str:
+    """What is about to run, for a person."""
+    config = launch.config
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    stage = launch.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    begin = f"resuming at step {first_step}" if launch.resume else "starting"
+    lines = [
+        f"{begin}: {config.preset}, {count / 1e6:.1f} M parameters, ZeRO {stage}, {world} rank(s), {config.train.precision}, "
+        f"batch {config.train.micro_batch} x {config.train.accumulation} x {world}, {inputs.total_steps} steps",
+        f"data: {config.data.train}, {len(inputs.train)} samples; held out: {len(inputs.val)}; run folder: {launch.run_dir}",
+        *launch.notes,
+        *filter(None, [inputs.train.skipped.line()]),
+    ]
+    return "\n".join(lines)
+
+
+def evaluate_at_end(engine, launch: Launch, inputs, device, group) -> None:
+    """Held-out figures into eval.json, the picture into overview.png, both summed up on the terminal."""
+    import json
+
+    import deepspeed
+    import torch.distributed as dist
+
+    from train.evaluate import evaluate, summary_lines
+    from train.inputs import save_picture
+
+    model = engine.module
+    model.eval()
+    with deepspeed.zero.GatheredParameters(
+        list(model.parameters()), enabled=engine.zero_optimization_partition_weights()
+    ):
+        figures = evaluate(
+            model,
+            inputs.tokenizer,
+            inputs.val,
+            image_size=launch.config.model.vision.image_size,
+            pairs=launch.config.data.val_pairs,
+            device=device,
+            group=group,
+        )
+        if dist.get_rank() == 0:
+            (launch.run_dir / "eval.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            print("\n".join(summary_lines(figures)), flush=True)
+            save_picture(launch.run_dir / "overview.png", model, inputs, device)
+            print(
+                f"left in {launch.run_dir}: eval.json, overview.png, metrics.jsonl, tensorboard/, checkpoints/",
+                flush=True,
+            )
+
+
+def main() -> int:
+    try:
+        launch = parse(sys.argv[1:], script=Path(__file__).resolve(), has_cuda=has_cuda())
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    pretrain(launch)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""Command line, DeepSpeed JSON and preset: who wins, and what a mistake is answered with."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sycoca.config import ConfigError, to_dict
+from train.config import PRESETS
+from train.launch import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "train" / "pretrain.py"
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    """Parses a command line in an empty folder; `config` is written as the DeepSpeed JSON."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv, config=None, world=1, has_cuda=False):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        name = "ds_zero2.json"
+        if config is not None:
+            name = str(tmp_path / "user.json")
+            Path(name).write_text(config if isinstance(config, str) else json.dumps(config), encoding="utf-8")
+        return parse(["--config", name, *argv], script=SCRIPT, has_cuda=has_cuda)
+
+    return run
+
+
+def test_default_preset_follows_the_hardware(launch):
+    assert launch().config.preset == "tiny"
+    on_gpu = launch(has_cuda=True)
+    assert on_gpu.config.preset == "small"
+    assert on_gpu.deepspeed["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert "torch_autocast" not in launch().deepspeed
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_the_round_trip_through_json(name):
+    config = PRESETS[name]
+    assert json.loads(json.dumps(to_dict(config)))["preset"] == name
+    assert dataclasses.is_dataclass(config)
+
+
+def test_json_wins_over_the_preset(launch):
+    config = {
+        "train_batch_size": 48,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.95]}},
+        "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 7, "total_num_steps": 70}},
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 5e8},
+    }
+    result = launch(config=config, world=3)
+    assert (result.config.train.micro_batch, result.config.train.accumulation) == (8, 2)
+    assert (result.config.optimizer.lr, result.config.optimizer.betas) == (3e-4, (0.9, 0.95))
+    assert (result.config.schedule.name, result.config.schedule.warmup_steps) == ("linear", 7)
+    assert result.config.train.steps == 70
+    assert result.deepspeed["train_batch_size"] == 48
+    assert "optimizer" not in result.deepspeed and "scheduler" not in result.deepspeed
+    assert any("2 separate contrastive batches" in note for note in result.notes)
+
+
+def test_auto_means_from_the_preset_for_the_keys_the_preset_owns(launch):
+    config = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}},
+        "scheduler": {"type": "auto", "params": {"warmup_num_steps": "auto"}},
+        "bf16": {"enabled": "auto"},
+    }
+    assert launch(config=config).config == launch().config
+
+
+def test_an_agreeing_override_is_no_conflict(launch):
+    assert (
+        launch("lr=3e-4", config={"optimizer": {"type": "AdamW", "params": {"lr": 3e-4}}}).config.optimizer.lr == 3e-4
+    )
+
+
+def test_shortened_keys_and_tuples(launch):
+    config = launch("steps=7", "betas=0.8,0.9", "objectives=itc,ic", "gradient_checkpointing=true").config
+    assert (config.train.steps, config.optimizer.betas) == (7, (0.8, 0.9))
+    assert config.model.objectives == ("itc", "ic") and config.model.gradient_checkpointing
+
+
+BAD = {
+    "typo of an override": (["model.vision.dept=3"], None, "model.vision.depth"),
+    "typo of a short override": (["lrr=1"], None, "optimizer.lr"),
+    "ambiguous override": (["depth=3"], None, "model.text.depth"),
+    "not key=value": (["lr"], None, "key=value"),
+    "wrong type": (["steps=many"], None, "train.steps"),
+    "fraction for an integer": (["steps=1.5"], None, "train.steps"),
+    "no steps": (["steps=0"], None, "train.steps"),
+    "negative rate": (["lr=-1"], None, "optimizer.lr"),
+    "steps and epochs": (["train.steps=3", "train.epochs=1"], None, "train.epochs"),
+    "unknown preset": (["--preset", "tinny"], None, "tiny"),
+    "unknown objective": (["objectives=itc,icc"], None, "ic"),
+    "missing data": (["--data", "captions.tsv"], None, "captions.tsv"),
+    "data given twice": (["--data", "scenes", "data.train=other"], None, "data.train"),
+    "unknown tokenizer": (["data.tokenizer=none.json"], None, "none.json"),
+    "run to resume is missing": (["--resume", "--run-dir", "nowhere"], None, "nowhere"),
+    "nothing to resume": (["--resume"], None, "no checkpoint"),
+    "no such JSON": (["--config", "ds_zero9.json"], None, "ds_zero"),
+    "not JSON": ([], "{", "not valid JSON"),
+    "a list": ([], "[]", "object"),
+    "key twice": ([], '{"gradient_clipping": 1, "gradient_clipping": 2}', "gradient_clipping"),
+    "typo at the top": ([], {"zero_optimisation": {}}, "zero_optimization"),
+    "second typo at the top": ([], {"gradient_cliping": 1.0}, "gradient_clipping"),
+    "typo inside": ([], {"zero_optimization": {"stag": 2}}, "stage"),
+    "stage of a wrong type": ([], {"zero_optimization": {"stage": "2"}}, "stage"),
+    "unknown stage": ([], {"zero_optimization": {"stage": 4}}, "stage"),
+    "auto where no preset owns it": ([], {"gradient_clipping": "auto"}, "gradient_clipping"),
+    "clipping of a wrong type": ([], {"gradient_clipping": "1"}, "gradient_clipping"),
+    "feature that is not used": ([], {"autotuning": {"enabled": True}}, "autotuning"),
+    "batch product": ([], {"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, "train_batch_size"),
+    "batch of nothing": ([], {"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu"),
+    "unknown optimizer": ([], {"optimizer": {"type": "Adamm"}}, "AdamW"),
+    "two precisions": ([], {"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16"),
+    "rate in JSON and override": (["lr=1"], {"optimizer": {"type": "AdamW", "params": {"lr": 2.0}}}, "optimizer.lr"),
+    "batch in JSON and override": (["micro_batch=8"], {"train_micro_batch_size_per_gpu": 4}, "train.micro_batch"),
+    "precision in JSON and override": (["precision=fp32"], {"bf16": {"enabled": True}}, "train.precision"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_are_one_line_that_names_the_key(launch, case):
+    argv, config, expected = BAD[case]
+    with pytest.raises(ConfigError) as caught:
+        launch(*argv, config=config)
+    message = str(caught.value)
+    assert expected in message and "\n" not in message
+
+
+def test_run_folder_that_holds_a_run_is_refused(launch, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="--resume"):
+        launch("--run-dir", "old")
+
+
+def test_file_in_place_of_the_run_folder_is_refused(launch, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in ("file", "file/run"):
+        with pytest.raises(ConfigError, match="file"):
+            launch("--run-dir", path)
+
+
+def test_fresh_runs_do_not_share_a_folder(launch, tmp_path):
+    assert launch().run_dir == Path("runs/tiny")
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    assert launch().run_dir == Path("runs/tiny-2")
+
+
+def test_script_stops_within_three_seconds_and_before_torch(tmp_path):
+    probe = (
+        "import sys, runpy; sys.argv = ['pretrain.py', '--config', 'ds_zero2.json', 'lrr=1'];"
+        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "except SystemExit as stop: print('torch' in sys.modules, stop.code)"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert done.stdout.split() == ["False", "2"], done
+    assert done.stderr.count("\n") == 1 and "optimizer.lr" in done.stderr
+    assert time.perf_counter() - started < 3
+
+
+def test_schema_agrees_with_the_installed_deepspeed():
+    """Run in a process of its own: importing DeepSpeed is slow and changes global state."""
+    probe = """
+import os; os.environ["DS_ACCELERATOR"] = "cpu"
+import sys; sys.path.insert(0, ".")
+from train.engine import import_deepspeed
+import_deepspeed()
+from dataclasses import fields
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from train import deepspeed_json as ours
+for mine, theirs in ((ours.ZeroOptimization, DeepSpeedZeroConfig), (ours.OffloadParam, DeepSpeedZeroOffloadParamConfig),
+                     (ours.OffloadOptimizer, DeepSpeedZeroOffloadOptimizerConfig), (ours.Fp16, DeepSpeedFP16Config),
+                     (ours.Bf16, DeepSpeedBF16Config)):
+    known = {field.alias or name for name, field in theirs.model_fields.items()}
+    for field in fields(mine):
+        assert field.name in known, (mine, field.name)
+import deepspeed.runtime.constants as constants
+words = {value for value in vars(constants).values() if isinstance(value, str)}
+for field in fields(ours.DeepSpeedJson):
+    assert field.name in words or field.name in ("zero_optimization", "comms_logger", "fp16", "bf16"), field.name
+print("agrees")
+"""
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("agrees"), done.stderr[-2000:]
