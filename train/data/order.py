@@ -3,7 +3,7 @@
     f(z)              SplitMix64's finaliser, a bijection of 64-bit words
     mix(p1, ..., pn)  h <- f((h xor p) + c) over the parts: one 64-bit word
     uniforms(k)_i     f(k + (i + 1) c) / 2^64, truncated to 53 bits
-    shuffled(x)       Feistel network of six rounds on 2^(2m) >= n words, walked along its cycle until the result is below n
+    shuffled(x)       Feistel network of six rounds on 2^(2m) >= n words, walked along its cycle until below n
 
 Nothing is stored and nothing is iterated over: any position of any epoch costs the same, for any size of data.
 """

@@ -137,15 +137,21 @@ def figure_box(figure: Figure, size: int) -> tuple[float, float, float, float]:
     )
 
 
-def _draw(image: np.ndarray, figure: Figure) -> None:
-    size = image.shape[0]
+def _draw(planes: np.ndarray, figure: Figure) -> None:
+    """Paints a figure, its rim darker, over planes (3, size, size)."""
+    size = planes.shape[-1]
     x0, y0, x1, y1 = window = _window(figure, size)
     distance = _distance(figure, size, window)
-    rim = RIM_PX * size / 64
-    inner = np.clip(0.5 - rim - distance, 0, 1)
-    colour = np.float32(figure.rgb) * (np.float32(RIM_SHADE) + np.float32(1 - RIM_SHADE) * inner)[..., None]
-    view = image[y0:y1, x0:x1]
-    view += np.clip(0.5 - distance, 0, 1)[..., None] * (colour - view)
+    np.subtract(np.float32(0.5), distance, out=distance)
+    cover = np.minimum(np.maximum(distance, 0), 1)
+    distance -= np.float32(RIM_PX * size / 64)
+    inner = np.minimum(np.maximum(distance, 0, out=distance), 1, out=distance)
+    inner *= np.float32(1 - RIM_SHADE)
+    inner += np.float32(RIM_SHADE)
+    inner *= cover
+    view = planes[:, y0:y1, x0:x1]
+    view *= np.float32(1) - cover
+    view += inner * np.array(figure.rgb, dtype=np.float32)[:, None, None]
 
 
 @lru_cache(maxsize=8)
@@ -186,8 +192,8 @@ def render(background: str, base, tint, draws: list[float], figures, size: int) 
 
     Args:
         background: one of `BACKGROUNDS`.
-        base: RGB of the background in 0..255.
-        tint: RGB by which the pattern moves it at full strength.
+        base: RGB of the background.
+        tint: RGB by which the pattern moves it at full strength; base + tint and base - tint lie in 0..255.
         draws: 30 numbers in 0..1 that shape the pattern.
         figures: iterable of Figure.
         size: side of the image in pixels.
@@ -196,9 +202,8 @@ def render(background: str, base, tint, draws: list[float], figures, size: int) 
         (size, size, 3) uint8.
     """
     pattern = _pattern(background, draws, size)
-    image = pattern[..., None] * np.float32(tint) + np.float32(base)
+    planes = pattern * np.array(tint, dtype=np.float32)[:, None, None]
+    planes += np.array(base, dtype=np.float32)[:, None, None] + np.float32(0.5)
     for figure in figures:
-        _draw(image, figure)
-    np.clip(image, 0, 255, out=image)
-    image += 0.5
-    return image.astype(np.uint8)
+        _draw(planes, figure)
+    return np.ascontiguousarray(planes.astype(np.uint8).transpose(1, 2, 0))

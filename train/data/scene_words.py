@@ -61,9 +61,9 @@ TRIPLES = (
     "{a} {ab} {b}, and {c} {pc}",
     "{a}, {b} and {c} {pc}",
     "{c} {pc}, and {a} {ab} {b}",
-    "{a} {pa}, {b} {pb}, {c} {pc}",
-    "{pa} there is {a}, {pb} {b}, {pc} {c}",
-    "there is {a} {pa}, {b} and {c} {pc}",
+    "{a} {pa}, {b} {pb} and {c}",
+    "{pa} there is {a}, {pb} {b} and {c}",
+    "there is {a} {pa}, {b} and {c}",
     "{a} with {b} {its} and {c} {pc}",
     "{a} {ab} {b} {bc} {c}",
 )

@@ -26,8 +26,8 @@ _RGB = tuple(COLOURS.values())
 _SMALL, _LARGE = (0.20, 0.235), (0.31, 0.37)
 _LARGE_SHARE, _MOST_LARGE = 0.45, 2
 _MARGIN, _GAP = 0.01, 0.012
-_TRIES = 32
-_LAYOUT, _CAPTION, _QUESTION, _GROUND = 1, 2, 3, 4
+_TRIES = 24
+_LAYOUT, _PLACES, _CAPTION, _QUESTION, _GROUND = range(1, 6)
 
 
 class Scene(NamedTuple):
@@ -67,14 +67,14 @@ def _places(diameters: list[float], key: int) -> list[tuple[float, float]]:
     """Centres that keep the boxes apart; the largest are placed first."""
     places: list[tuple[float, float]] = [(0.0, 0.0)] * len(diameters)
     placed: list[tuple[float, float, float]] = []
+    draws = uniforms(key, 2 * _TRIES * len(diameters)).tolist()
     for rank, index in enumerate(sorted(range(len(diameters)), key=lambda i: -diameters[i])):
         diameter = diameters[index]
         low = diameter / 2 + _MARGIN
         spread = 1 - 2 * low
-        candidates = uniforms(mix(key, rank), 2 * _TRIES).tolist()
         best, best_gap = (0.5, 0.5), -1.0
-        for x, y in zip(candidates[::2], candidates[1::2]):
-            x, y = low + x * spread, low + y * spread
+        for i in range(2 * _TRIES * rank, 2 * _TRIES * (rank + 1), 2):
+            x, y = low + draws[i] * spread, low + draws[i + 1] * spread
             gap = _clearance(x, y, diameter, placed)
             if gap > best_gap:
                 best, best_gap = (x, y), gap
@@ -96,8 +96,7 @@ def make_scene(seed: int, index: int) -> Scene:
         The scene, nothing drawn and nothing worded yet.
     """
     key = mix(seed, index)
-    layout = mix(key, _LAYOUT)
-    draws = iter(uniforms(layout, 64).tolist())
+    draws = iter(uniforms(mix(key, _LAYOUT), 64).tolist())
     described = 2 if next(draws) < 0.6 else 3
     count = described + (1 if next(draws) < 0.5 else 2)
     kinds = _kinds(count, draws)
@@ -109,7 +108,8 @@ def make_scene(seed: int, index: int) -> Scene:
         low, high = _LARGE if is_large else _SMALL
         diameters.append(low + (high - low) * next(draws))
     things, figures = [], []
-    for (shape, colour), is_large, diameter, (x, y) in zip(kinds, large, diameters, _places(diameters, layout)):
+    places = _places(diameters, mix(key, _PLACES))
+    for (shape, colour), is_large, diameter, (x, y) in zip(kinds, large, diameters, places):
         angle = (next(draws) - 0.5) * 0.35
         rgb = tuple(min(255.0, max(0.0, value + (next(draws) - 0.5) * 24)) for value in _RGB[colour])
         things.append(Thing(_SHAPE_NAMES[shape], _COLOUR_NAMES[colour], "large" if is_large else "small", x, y))

@@ -1,0 +1,263 @@
+"""Images in and out: bounded decoding, crops and resizing by torchvision's rules, normalisation.
+
+resize         the shorter side becomes s, the longer int(s longer / shorter); antialiased bicubic
+centre crop    corner round((side - s) / 2)
+random crop    area share uniform, log aspect uniform, up to ten draws, else the largest legal centred crop
+normalise      (x / 255 - mean) / std, channel by channel
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_PIXELS = 64_000_000
+
+# Pillow would hand PostScript to an interpreter and read many rare formats; these are what image-caption data holds.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
+_ATTEMPTS = 10
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; `cause` says why in words that many images share."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+class Draws(Protocol):
+    """A source of uniform numbers, such as numpy.random.Generator."""
+
+    def random(self) -> float:
+        """The next number in [0, 1)."""
+        ...
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float32)
+        # 16-bit grey arrives as I;16 or I; Pillow's own conversion clips it to white.
+        scale = 257.0 if image.mode != "F" and (image.mode != "I" or values.max(initial=0) > 255) else 1.0
+        return Image.fromarray(np.clip(values / scale, 0, 255).astype(np.uint8), "L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(ground, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode(source: bytes | str | os.PathLike | Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes an image, upright, as RGB; transparency over white.
+
+    Args:
+        source: the encoded bytes, a path, or a binary file.
+        max_pixels: the largest area that is decoded, judged by the header before any memory is taken.
+
+    Returns:
+        A loaded PIL image of mode RGB.
+
+    Raises:
+        ImageError: of cause "missing image", "image too large" or "unreadable image".
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        source = io.BytesIO(source)
+    with warnings.catch_warnings():
+        # The header check below decides about size; the rest is gossip about metadata.
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(source, formats=_FORMATS) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise ImageError("image too large")
+                image.load()
+                try:
+                    upright = ImageOps.exif_transpose(image)
+                except Exception:
+                    # Broken orientation data must not cost a sound picture.
+                    upright = image
+                return _to_rgb(upright)
+        except ImageError:
+            raise
+        except FileNotFoundError:
+            raise ImageError("missing image") from None
+        except Image.DecompressionBombError:
+            raise ImageError("image too large") from None
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, MemoryError):
+            raise ImageError("unreadable image") from None
+        except Exception:
+            # Damaged files make Pillow's plugins raise what they like (struct.error, IndexError, KeyError, ...).
+            raise ImageError("unreadable image") from None
+
+
+def _resized(width: int, height: int, size: int) -> tuple[int, int]:
+    if width <= height:
+        return size, int(size * height / width)
+    return int(size * width / height), size
+
+
+def _center_corner(width: int, height: int, size: int) -> tuple[int, int]:
+    return round((width - size) / 2), round((height - size) / 2)
+
+
+def _as_pil(image: Image.Image | np.ndarray) -> Image.Image:
+    return Image.fromarray(image) if isinstance(image, np.ndarray) else image
+
+
+def center_image(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
+    """The picture for evaluation: shorter side to `size`, square out of the middle.
+
+    Args:
+        image: RGB PIL image or (height, width, 3) uint8.
+        size: side in pixels.
+
+    Returns:
+        (size, size, 3) uint8.
+    """
+    if isinstance(image, np.ndarray) and image.shape[:2] == (size, size):
+        return image
+    image = _as_pil(image)
+    shape = _resized(*image.size, size)
+    if image.size != shape:
+        image = image.resize(shape, Image.Resampling.BICUBIC)
+    left, top = _center_corner(*shape, size)
+    if (left, top) != (0, 0) or shape != (size, size):
+        image = image.crop((left, top, left + size, top + size))
+    return np.array(image)
+
+
+def center_boxes(boxes, width: int, height: int, size: int) -> np.ndarray:
+    """Where boxes lie in the picture that `center_image` makes.
+
+    Args:
+        boxes: (n, 4) of x0, y0, x1, y1 in 0..1 of the original.
+        width: of the original in pixels.
+        height: of the original in pixels.
+        size: side of the square picture in pixels.
+
+    Returns:
+        (n, 4) float64 in 0..1, clipped to the picture; a box outside has no area.
+    """
+    resized = _resized(width, height, size)
+    corner = _center_corner(*resized, size)
+    scale = np.array([resized[0], resized[1]] * 2, dtype=np.float64)
+    shift = np.array([corner[0], corner[1]] * 2, dtype=np.float64)
+    return np.clip((np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale - shift) / size, 0.0, 1.0)
+
+
+def random_crop_box(
+    width: int, height: int, draws: Draws, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> tuple[int, int, int, int]:
+    """A crop as torchvision's RandomResizedCrop chooses it.
+
+    Args:
+        width: of the image in pixels.
+        height: of the image in pixels.
+        draws: uniform numbers.
+        scale: range of the share of the area.
+        ratio: range of width over height.
+
+    Returns:
+        (left, top, width, height) in pixels, inside the image.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(_ATTEMPTS):
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * draws.random())
+        aspect = math.exp(low + (high - low) * draws.random())
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(draws.random() * (height - h + 1))
+            left = int(draws.random() * (width - w + 1))
+            return left, top, w, h
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def random_image(
+    image: Image.Image | np.ndarray,
+    size: int,
+    draws: Draws,
+    *,
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """The picture for training: a random crop, resized. Never mirrored: captions say left and right.
+
+    Args:
+        image: RGB PIL image or (height, width, 3) uint8.
+        size: side in pixels.
+        draws: uniform numbers.
+        scale: range of the crop's share of the area.
+        ratio: range of the crop's width over height.
+
+    Returns:
+        (size, size, 3) uint8.
+    """
+    image = _as_pil(image)
+    left, top, w, h = random_crop_box(*image.size, draws, scale, ratio)
+    crop = image.crop((left, top, left + w, top + h))
+    return np.array(crop.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _scale_and_shift(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(IMAGE_MEAN, dtype=torch.float64)
+    std = torch.tensor(IMAGE_STD, dtype=torch.float64)
+    scale, shift = 1.0 / (255.0 * std), -mean / std
+    return scale.float().to(device)[:, None, None], shift.float().to(device)[:, None, None]
+
+
+def normalise(pictures: Tensor) -> Tensor:
+    """Pixels as the models take them.
+
+    Args:
+        pictures: (B, H, W, 3) or (H, W, 3) uint8, on any device.
+
+    Returns:
+        (B, 3, H, W) or (3, H, W) fp32, contiguous, by CLIP's mean and standard deviation.
+    """
+    scale, shift = _scale_and_shift(pictures.device)
+    images = pictures.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+    return images.mul_(scale).add_(shift)
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """The inverse of `normalise`, for pictures.
+
+    Args:
+        images: (B, 3, H, W) or (3, H, W) floating point.
+
+    Returns:
+        (B, H, W, 3) or (H, W, 3) uint8; values outside the range of pixels are clipped.
+    """
+    scale, shift = _scale_and_shift(images.device)
+    pixels = (images.detach().float() - shift) / scale
+    return pixels.round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous()
+
+
+def eval_transform(image: Image.Image | np.ndarray, size: int) -> Tensor:
+    """An image as the models take it at evaluation.
+
+    Args:
+        image: RGB PIL image or (height, width, 3) uint8.
+        size: side in pixels.
+
+    Returns:
+        (3, size, size) fp32.
+    """
+    return normalise(torch.from_numpy(center_image(image, size)))

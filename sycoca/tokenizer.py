@@ -1,0 +1,239 @@
+"""Captions to token ids and back: byte-level BPE, trained on captions or CLIP's own.
+
+    [SOT] w1 ... wn [EOT] [PAD] ...
+
+Text is lower-cased before it is split, so that no text can spell a special token. A caption that does not fit loses
+its end, never its [EOT]. What lies behind the first [EOT] is padding; in CLIP's vocabulary the padding id is a word too.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import importlib.util
+import json
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+_OWN = ("[PAD]", "[SOT]", "[EOT]")
+_CLIP = ("!", "<start_of_text>", "<end_of_text>")
+_CLIP_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_CLIP_MERGES = 49152 - 256 - 2
+_CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
+# A caption longer than this many characters per token of the context is cut before it is split.
+_CHARACTERS_PER_TOKEN = 64
+# What ftfy's repairs come to on well-encoded captions: straight quotes, ligatures and full-width forms taken apart.
+_STRAIGHT = str.maketrans({"‘": "'", "’": "'", "‚": "'", "‛": "'", "“": '"', "”": '"', "„": '"', "‟": '"'})
+
+
+def _clip_clean(text: str) -> str:
+    text = html.unescape(html.unescape(text)).translate(_STRAIGHT)
+    if text.isascii():
+        return text
+    narrow = (unicodedata.normalize("NFKC", c) if _is_presentation_form(c) else c for c in text)
+    return unicodedata.normalize("NFC", "".join(narrow))
+
+
+def _is_presentation_form(c: str) -> bool:
+    return "\ufb00" <= c <= "\ufb06" or "\uff01" <= c <= "\uffef" or c == "\u3000"
+
+
+def _normalizer() -> normalizers.Normalizer:
+    steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
+    return normalizers.Sequence(steps)
+
+
+def _bytes_to_characters() -> list[str]:
+    """The 256 byte characters in CLIP's order: printable bytes first."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [b for b in range(256) if b not in set(printable)]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(rest))]
+
+
+class Tokenizer:
+    """A vocabulary with its start, end and padding ids.
+
+    Args:
+        backend: a tokenizer of the `tokenizers` library whose vocabulary holds the special tokens.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        self._is_clip = backend.token_to_id(_CLIP[1]) is not None
+        ids = [backend.token_to_id(name) for name in (_CLIP if self._is_clip else _OWN)]
+        if None in ids:
+            raise ValueError("tokenizer: the vocabulary lacks its padding, start or end token")
+        self.pad_id, self.sot_id, self.eot_id = ids
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows that an embedding table needs."""
+        return self._backend.get_vocab_size()
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learns a byte-level BPE.
+
+        Args:
+            captions: the texts; equal multisets of texts give equal vocabularies.
+            vocab_size: rows at most, special tokens and the 256 bytes included.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            ValueError: no room for the bytes and special tokens.
+        """
+        least = 256 + len(_OWN)
+        if vocab_size < least:
+            raise ValueError(f"tokenizer: vocab_size must be at least {least}, got {vocab_size}")
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.normalizer = _normalizer()
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(_OWN),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(captions, trainer)
+        learned = json.loads(backend.to_str())["model"]
+        return cls(cls._assemble(models.BPE(learned["vocab"], [tuple(m) for m in learned["merges"]]), _OWN))
+
+    @classmethod
+    def clip(cls) -> Tokenizer:
+        """CLIP's BPE, from the vocabulary file of an installed open_clip_torch; the package itself is not imported.
+
+        Ids equal those of open_clip's SimpleTokenizer, except that text which spells a special token stays text, and
+        that wrongly decoded characters (mojibake) are left as they are.
+
+        Raises:
+            ModuleNotFoundError: open_clip_torch is not installed.
+        """
+        spec = importlib.util.find_spec("open_clip")
+        folders = list(spec.submodule_search_locations or ()) if spec else []
+        path = next((Path(f) / _CLIP_FILE for f in folders if (Path(f) / _CLIP_FILE).is_file()), None)
+        if path is None:
+            raise ModuleNotFoundError(
+                'tokenizer: the vocabulary of CLIP comes with open_clip_torch: pip install "sycoca[openclip]"',
+                name="open_clip",
+            )
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")[1 : _CLIP_MERGES + 1]
+        merges = [tuple(line.split()) for line in lines]
+        characters = _bytes_to_characters()
+        words = [*characters, *(c + "</w>" for c in characters), *("".join(m) for m in merges), *_CLIP[1:]]
+        vocabulary = {word: i for i, word in enumerate(words)}
+        model = models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="</w>")
+        return cls(cls._assemble(model, _CLIP))
+
+    @staticmethod
+    def _assemble(model: models.BPE, special: tuple[str, str, str]) -> tokenizers.Tokenizer:
+        """A backend in which special tokens are rows of the vocabulary and nothing that text could match."""
+        backend = tokenizers.Tokenizer(model)
+        backend.normalizer = _normalizer()
+        if special == _CLIP:
+            words = pre_tokenizers.Split(Regex(_CLIP_WORD), behavior="removed", invert=True)
+            backend.pre_tokenizer = pre_tokenizers.Sequence(
+                [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            )
+        else:
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+        start, end = special[1:]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A {end}",
+            special_tokens=[(start, backend.token_to_id(start)), (end, backend.token_to_id(end))],
+        )
+        return backend
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Tokenizer:
+        """Reads a file that `save` wrote.
+
+        Raises:
+            ValueError: not such a file.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"tokenizer '{path}': {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"tokenizer '{path}': not a text file") from None
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:
+            raise ValueError(f"tokenizer '{path}': not a tokenizer file ({str(error).splitlines()[0]})") from None
+        return cls(backend)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes one JSON file in the format of the `tokenizers` library."""
+        Path(path).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+
+    def __getstate__(self) -> str:
+        return self._backend.to_str()
+
+    def __setstate__(self, state: str) -> None:
+        self.__init__(tokenizers.Tokenizer.from_str(state))
+
+    def encode(self, texts: Sequence[str], context_length: int) -> Tensor:
+        """Token ids of a batch of texts.
+
+        Args:
+            texts: B captions.
+            context_length: T, at least 2.
+
+        Returns:
+            (B, T) int64.
+        """
+        if isinstance(texts, str):
+            raise TypeError("tokenizer: encode takes a list of captions, got one string")
+        if context_length < 2:
+            raise ValueError(f"tokenizer: context_length must be at least 2, got {context_length}")
+        most = _CHARACTERS_PER_TOKEN * context_length
+        cleaned = [self._clean(text, most) for text in texts]
+        tokens = np.full((len(cleaned), context_length), self.pad_id, dtype=np.int64)
+        for row, encoding in zip(tokens, self._backend.encode_batch_fast(cleaned, add_special_tokens=False)):
+            ids = encoding.ids[: context_length - 2]
+            row[0] = self.sot_id
+            row[1 : len(ids) + 1] = ids
+            row[len(ids) + 1] = self.eot_id
+        return torch.from_numpy(tokens)
+
+    def _clean(self, text: str, most: int) -> str:
+        # Cut twice: words first, for a caption of mere white space must not hide its words.
+        text = " ".join(text.split()) if len(text) > most else text
+        text = text[:most]
+        # Lone surrogates cannot be written as bytes.
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        return _clip_clean(text) if self._is_clip else text
+
+    def decode(self, tokens: Tensor | Sequence[Sequence[int]] | np.ndarray) -> list[str]:
+        """Texts of a batch of token ids.
+
+        Args:
+            tokens: (B, T) integers, with or without start token; what follows the first end token is ignored.
+
+        Returns:
+            B texts: words apart by single spaces, no special tokens.
+        """
+        rows = tokens.tolist() if isinstance(tokens, (Tensor, np.ndarray)) else [list(row) for row in tokens]
+        return [self._decode_row(row) for row in rows]
+
+    def _decode_row(self, row: list[int]) -> str:
+        if self.eot_id in row:
+            row = row[: row.index(self.eot_id)]
+        drop = {self.sot_id} if self._is_clip else {self.sot_id, self.pad_id}
+        # Rows of an embedding table behind the vocabulary have no text.
+        text = self._backend.decode([i for i in row if i not in drop and 0 <= i < self.vocab_size])
+        if self._is_clip:
+            text = text.replace("</w>", " ")
+        return " ".join(text.split())
