@@ -3,7 +3,7 @@
     [SOT] w1 ... wn [EOT] [PAD] ...
 
 Text is lower-cased before it is split, so that no text can spell a special token. A caption that does not fit loses
-its end, never its [EOT]. What lies behind the first [EOT] is padding; in CLIP's vocabulary the padding id is a word too.
+its end, never its [EOT]. What lies behind the first [EOT] is padding; in CLIP, the padding id is a word as well.
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+"""Data sources, and the batches that training draws from them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from train.data.sample import BadSample, DataError, Question, Region, Sample, Skipped, Source, readable
+from train.data.spec import check_source, parse_spec
+
+if TYPE_CHECKING:
+    from train.data.loader import LoadedBatch, Loader, batches
+
+# These import torch; a wrong specification must be told before that.
+_LAZY = {name: "train.data.loader" for name in ("LoadedBatch", "Loader", "batches")}
+
+__all__ = [
+    "BadSample",
+    "DataError",
+    "LoadedBatch",
+    "Loader",
+    "Question",
+    "Region",
+    "Sample",
+    "Skipped",
+    "Source",
+    "batches",
+    "check_source",
+    "open_dataset",
+    "parse_spec",
+    "readable",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def open_dataset(spec: str, split: str = "train", *, seed: int = 0, image_size: int | None = None) -> Source:
+    """Opens a data source.
+
+    Args:
+        spec: what to open, in the grammar of `train.data.spec`.
+        split: train, val or test.
+        seed: of generated data, where the specification gives none.
+        image_size: side of generated pictures in pixels.
+
+    Returns:
+        A map-style data set of `Sample`.
+
+    Raises:
+        DataError: one line that names the path and the nearest right one.
+    """
+    if split not in ("train", "val", "test"):
+        raise DataError(f"data source {spec!r}: no split {split!r}; there are train, val and test")
+    parsed = check_source(spec)
+    options = dict(parsed.options)
+    if parsed.kind == "scenes":
+        from train.data.scenes import Scenes
+
+        if split != "train":
+            # The option sizes an epoch of training; held-out splits keep their size.
+            options.pop("count", None)
+        return Scenes(split, image_size=image_size or 64, seed=options.pop("seed", seed), **options)
+    from train.data.tables import Table
+
+    return Table(parsed.path, split, **options)

@@ -1,0 +1,241 @@
+"""Batches in an order that depends on integers alone.
+
+    samples of epoch e        permutation of range(n) keyed by (seed, e)
+    global batch k            positions k G ... (k + 1) G - 1 of it; rank r of W takes the r-th of W equal slices
+    caption, crop, mask seed  functions of (seed, e, sample)
+    stand-in for a bad one    mix(seed, e, position, attempt) mod n
+
+The end of an epoch that does not fill a global batch is left out. Workers change who does the work, never the result.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sycoca.images import center_image, normalise, random_image
+from train.data.order import mix, mix_array, shuffled
+from train.data.sample import BadSample, DataError, Skipped, Source
+
+_ORDER, _STAND_IN, _CAPTION, _CROP, _SEED = range(1, 6)
+_ATTEMPTS = 100
+_PREFETCH = 3
+
+
+class LoadedBatch(NamedTuple):
+    """A rank's share of a global batch; the first four fields are those of `sycoca.model.Batch`.
+
+    `images` (b, 3, S, S) fp32 normalised, or (b, S, S, 3) uint8; `tokens` (b, T), `seeds` (b,), `ids` (b,) int64;
+    equal ids are the same sample. `epoch` and `index` place the global batch: `index + 1` is where to resume.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    seeds: Tensor
+    ids: Tensor
+    keys: tuple[str, ...]
+    epoch: int
+    index: int
+
+
+class _Maker(Dataset):
+    """Makes the batch of a (epoch, index); holds no state that a batch could depend on."""
+
+    def __init__(self, source: Source, tokenizer, order: dict[str, int], form: dict[str, Any]) -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.seed = order["seed"]
+        self.global_batch = order["global_batch"]
+        self.local = order["global_batch"] // order["world"]
+        self.first = order["rank"] * self.local
+        self.image_size = form["image_size"]
+        self.context_length = form["context_length"]
+        self.crop_scale = form["crop_scale"]
+        self.normalised = form["normalised"]
+
+    def __getitem__(self, ticket: tuple[int, int]) -> tuple[LoadedBatch, list[tuple[str, str]]]:
+        epoch, index = ticket
+        size = len(self.source)
+        positions = index * self.global_batch + self.first + np.arange(self.local)
+        chosen = shuffled(positions, size, mix(self.seed, epoch, _ORDER))
+        pictures = np.empty((self.local, self.image_size, self.image_size, 3), dtype=np.uint8)
+        captions, keys, faults = [], [], []
+        for row, position in enumerate(positions.tolist()):
+            number = int(chosen[row])
+            for attempt in range(_ATTEMPTS):
+                try:
+                    pictures[row], caption, key = self._sample(epoch, number)
+                    break
+                except BadSample as bad:
+                    faults.append((bad.key, bad.cause))
+                    number = mix(self.seed, epoch, position, _STAND_IN, attempt) % size
+            else:
+                raise DataError(
+                    f"data source '{self.source.name}': {_ATTEMPTS} samples in a row were bad, {faults[-1]}"
+                )
+            chosen[row] = number
+            captions.append(caption)
+            keys.append(key)
+        seeds = (mix_array(mix(self.seed, epoch, _SEED), chosen) >> np.uint64(1)).astype(np.int64)
+        images = torch.from_numpy(pictures)
+        batch = LoadedBatch(
+            normalise(images) if self.normalised else images,
+            self.tokenizer.encode(captions, self.context_length),
+            torch.from_numpy(seeds),
+            torch.from_numpy(chosen),
+            tuple(keys),
+            epoch,
+            index,
+        )
+        return batch, faults
+
+    def _sample(self, epoch: int, number: int) -> tuple[np.ndarray, str, str]:
+        index = number + epoch * len(self.source) if self.source.fresh else number
+        image, caption, key = self.source.pair(index, mix(self.seed, epoch, number, _CAPTION))
+        if self.crop_scale is None:
+            return center_image(image, self.image_size), caption, key
+        draws = np.random.Generator(np.random.Philox(key=mix(self.seed, epoch, number, _CROP)))
+        return random_image(image, self.image_size, draws, scale=self.crop_scale), caption, key
+
+
+class _Tickets(Sampler):
+    """(epoch, index) from a starting place on."""
+
+    def __init__(self, epoch: int, start: int, per_epoch: int, epochs: int | None) -> None:
+        self.epoch, self.start, self.per_epoch, self.epochs = epoch, start, per_epoch, epochs
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, index = self.epoch, self.start
+        while self.epochs is None or epoch < self.epochs:
+            if index < self.per_epoch:
+                yield epoch, index
+                index += 1
+            else:
+                epoch, index = epoch + 1, 0
+
+
+def _as_is(made):
+    return made
+
+
+def _start_worker(_: int) -> None:
+    # Ctrl-C is the main process's to handle; a fork of a process that used threads must not use them again.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+
+class Loader:
+    """An iterator of `LoadedBatch`; `skipped` accounts for the samples left out so far."""
+
+    def __init__(self, maker: _Maker, tickets: _Tickets, workers: int, pin_memory: bool) -> None:
+        self.skipped = Skipped()
+        self.batches_per_epoch = tickets.per_epoch
+        with warnings.catch_warnings():
+            # More workers than cores, forking beside threads: chosen, and safe with workers that run one thread.
+            warnings.simplefilter("ignore")
+            loader = DataLoader(
+                maker,
+                batch_size=None,
+                sampler=tickets,
+                num_workers=workers,
+                collate_fn=_as_is,
+                pin_memory=pin_memory,
+                worker_init_fn=_start_worker,
+                prefetch_factor=_PREFETCH if workers else None,
+                persistent_workers=False,
+                # A generator of its own keeps the process's random state out of the loader's hands.
+                generator=torch.Generator(),
+            )
+            self._made = iter(loader)
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> LoadedBatch:
+        if self._made is None:
+            raise StopIteration
+        batch, faults = next(self._made)
+        for key, cause in faults:
+            self.skipped.sample(key, cause)
+        return batch
+
+    def close(self) -> None:
+        """Ends the workers."""
+        made, self._made = self._made, None
+        shutdown = getattr(made, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+
+
+def batches(
+    dataset: Source,
+    tokenizer,
+    *,
+    global_batch: int,
+    image_size: int,
+    context_length: int,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    epoch: int = 0,
+    start: int = 0,
+    epochs: int | None = None,
+    workers: int = 0,
+    crop_scale: tuple[float, float] | None = (0.9, 1.0),
+    normalised: bool = True,
+    pin_memory: bool | None = None,
+) -> Loader:
+    """This rank's batches, from a place in an epoch on.
+
+    Args:
+        dataset: the source.
+        tokenizer: whose `encode(texts, context_length)` gives (b, T) int64.
+        global_batch: samples in a step of all ranks together, a multiple of `world`.
+        image_size: side of the pictures in pixels.
+        context_length: T.
+        seed: of order, captions, crops and mask seeds.
+        rank: of this process.
+        world: processes that share each global batch.
+        epoch: where to begin.
+        start: global batches of that epoch already seen.
+        epochs: the epoch to end before; None goes on for ever.
+        workers: processes that make batches ahead; 0 makes each when it is asked for.
+        crop_scale: range of a random crop's share of the area; None crops the centre.
+        normalised: fp32 images ready for the model, rather than uint8 pictures for `sycoca.images.normalise`.
+        pin_memory: page-locked tensors; None where CUDA is.
+
+    Returns:
+        An iterator that goes on over the epochs.
+
+    Raises:
+        DataError: the source has fewer samples than a global batch.
+        ValueError: `world` does not divide `global_batch`, or a place that is not in the epoch.
+    """
+    if global_batch < 1 or global_batch % world or not 0 <= rank < world:
+        raise ValueError(f"batches: global_batch {global_batch}, rank {rank} and world {world} do not agree")
+    per_epoch = len(dataset) // global_batch
+    if not per_epoch:
+        raise DataError(f"data source '{dataset.name}': {len(dataset)} samples do not fill a batch of {global_batch}")
+    if epoch < 0 or not 0 <= start <= per_epoch:
+        raise ValueError(f"batches: no batch {start} in epoch {epoch}; an epoch has {per_epoch}")
+    order = {"seed": seed, "global_batch": global_batch, "rank": rank, "world": world}
+    form = {
+        "image_size": image_size,
+        "context_length": context_length,
+        "crop_scale": crop_scale,
+        "normalised": normalised,
+    }
+    if pin_memory is None:
+        pin_memory = torch.cuda.is_available()
+    maker = _Maker(dataset, tokenizer, order, form)
+    return Loader(maker, _Tickets(epoch, start, per_epoch, epochs), workers, pin_memory)

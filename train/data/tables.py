@@ -1,0 +1,208 @@
+"""Image-caption tables: TSV or CSV of image path and caption, one row a caption.
+
+Rows of one image are its captions. Paths are relative to the table's folder or to `images/` in it. Without a column
+`split` a fixed hash of the image's name holds out a small share for validation, at least one image and never all.
+Rows that cannot be used are counted by cause; images are opened only when their sample is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import json
+from hashlib import blake2b
+from pathlib import Path
+
+from sycoca.images import ImageError, decode
+from train.data.sample import BadSample, DataError, Region, Sample, Skipped, Source
+from train.data.spec import SPLITS, header_columns, is_tsv
+
+VAL_SHARE = 0.02
+LONGEST_CAPTION = 10_000
+_REGION_FILES = ("regions.jsonl.gz", "regions.jsonl")
+_IMAGE_FOLDER = "images"
+
+
+def _rows(path: Path, skipped: Skipped):
+    """(line or record number, fields) behind the header; bytes that are not UTF-8 become surrogates."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline=None if is_tsv(path) else "") as file:
+        if is_tsv(path):
+            next(file)
+            for number, line in enumerate(file, 2):
+                if line.strip():
+                    yield number, line.rstrip("\n").split("\t")
+            return
+        before = csv.field_size_limit(1 << 30)
+        try:
+            reader = csv.reader(file)
+            next(reader)
+            while True:
+                try:
+                    row = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error:
+                    skipped.row("row is not CSV", f"{path.name}:{reader.line_num}")
+                    continue
+                if row:
+                    yield reader.line_num, row
+        finally:
+            csv.field_size_limit(before)
+
+
+def _caption_fault(caption: str) -> str | None:
+    if not caption or caption.isspace():
+        return "empty caption"
+    if len(caption) > LONGEST_CAPTION:
+        return f"caption over {LONGEST_CAPTION} characters"
+    if "\0" in caption:
+        return "caption holds NUL"
+    if not caption.isascii() and any("\udc80" <= c <= "\udcff" for c in caption):
+        return "caption is not UTF-8"
+    return None
+
+
+def _hash_share(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") / 2**64
+
+
+def _held_out(images: list[str], share: float) -> set[str]:
+    held = {image for image in images if _hash_share(image) < share}
+    if len(images) > 1 and not held:
+        held = {min(images, key=_hash_share)}
+    if len(images) > 1 and len(held) == len(images):
+        held.remove(max(images, key=_hash_share))
+    return held
+
+
+class Table(Source):
+    """A TSV or CSV of images and captions.
+
+    Args:
+        path: the table.
+        split: train, val or test.
+        images: folder of the images; None for the table's own, or `images/` in it.
+        val_share: share of the images that validation gets where the table has no column `split`.
+
+    Raises:
+        DataError: no usable header, or no row of this split.
+    """
+
+    def __init__(self, path: Path, split: str, *, images: str | None = None, val_share: float = VAL_SHARE) -> None:
+        self.name = str(path)
+        self.split = split
+        self.path = Path(path)
+        self.skipped = Skipped()
+        self._folders = [Path(images)] if images else [self.path.parent, self.path.parent / _IMAGE_FOLDER]
+        self._regions: dict[str, list[dict]] | None = None
+        self._images: list[str] = []
+        self._captions: list[tuple[str, ...]] = []
+        # Positions in the table of the captions kept, where some were left out: regions count as the table does.
+        self._kept: dict[str, tuple[int, ...]] = {}
+        self._read(val_share)
+
+    def _read(self, val_share: float) -> None:
+        columns = header_columns(self.path)
+        image_at, caption_at, split_at = columns["image"], columns["caption"], columns.get("split")
+        width = max(columns.values()) + 1
+        captions: dict[str, list[str | None]] = {}
+        splits: dict[str, str] = {}
+        for number, fields in _rows(self.path, self.skipped):
+            where = f"{self.path.name}:{number}"
+            if len(fields) < width:
+                self.skipped.row("row lacks a column", where)
+                continue
+            image, caption = fields[image_at].strip(), fields[caption_at]
+            if not image or "\0" in image:
+                self.skipped.row("empty image name" if not image else "image name holds NUL", where)
+                continue
+            if split_at is not None:
+                split = SPLITS.get(fields[split_at].strip().lower(), fields[split_at].strip())
+                if splits.setdefault(image, split) != split:
+                    self.skipped.row("image is of another split already", where)
+                    continue
+                if split != self.split:
+                    continue
+            fault = _caption_fault(caption)
+            if fault:
+                self.skipped.row(fault, where)
+            captions.setdefault(image, []).append(None if fault else caption.strip())
+        if split_at is None:
+            held = _held_out(list(captions), val_share)
+            if self.split == "test":
+                raise DataError(
+                    f"data source '{self.path}': no column 'split', so there is a train and a val part only"
+                )
+            captions = {image: c for image, c in captions.items() if (image in held) == (self.split == "val")}
+        for image, texts in captions.items():
+            kept = tuple(i for i, text in enumerate(texts) if text is not None)
+            if not kept:
+                self.skipped.sample(image, "image without a usable caption")
+                continue
+            self._images.append(image)
+            self._captions.append(tuple(texts[i] for i in kept))
+            if len(kept) != len(texts):
+                self._kept[image] = kept
+        if not self._images:
+            found = f"; it has: {', '.join(sorted(set(splits.values())))}" if splits else ""
+            why = f"; {self.skipped.line()}" if self.skipped else ""
+            raise DataError(f"data source '{self.path}': no usable row for split {self.split!r}{found}{why}")
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def _decode(self, name: str):
+        for folder in self._folders:
+            try:
+                return decode(folder / name)
+            except ImageError as error:
+                if error.cause != "missing image":
+                    raise BadSample(error.cause, name) from None
+        raise BadSample("missing image", name)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self._images):
+            raise IndexError(f"sample {index} of {len(self._images)}")
+        name = self._images[index]
+        return Sample(self._decode(name), self._captions[index], name, self._regions_of(name))
+
+    def pair(self, index: int, pick: int):
+        name, captions = self._images[index], self._captions[index]
+        return self._decode(name), captions[pick % len(captions)], name
+
+    def texts(self, limit: int | None = None):
+        for captions in self._captions[:limit]:
+            yield from captions
+
+    def _regions_of(self, name: str) -> tuple[Region, ...] | None:
+        if self._regions is None:
+            self._regions = self._read_regions()
+        if name not in self._regions:
+            return None
+        kept = self._kept.get(name)
+        regions = []
+        for found in self._regions[name]:
+            caption = int(found.get("caption", -1))
+            if kept is not None:
+                caption = kept.index(caption) if caption in kept else -1
+            regions.append(Region(found["phrase"], tuple(found["bbox"]), caption))
+        return tuple(regions)
+
+    def _read_regions(self) -> dict[str, list[dict]]:
+        """The boxes beside the table, for the images of this split."""
+        path = next((self.path.parent / n for n in _REGION_FILES if (self.path.parent / n).is_file()), None)
+        if path is None:
+            return {}
+        wanted, regions = set(self._images), {}
+        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+        with opened as file, contextlib.suppress(EOFError, OSError):
+            for number, line in enumerate(file, 1):
+                try:
+                    entry = json.loads(line)
+                    if entry["image"] in wanted:
+                        regions[entry["image"]] = [r for r in entry["regions"] if len(r["bbox"]) == 4 and r["phrase"]]
+                except (ValueError, KeyError, TypeError):
+                    self.skipped.row("line of regions is damaged", f"{path.name}:{number}")
+        return regions
