@@ -138,23 +138,24 @@ def center_image(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     return np.array(image)
 
 
-def center_boxes(boxes, width: int, height: int, size: int) -> np.ndarray:
-    """Where boxes lie in the picture that `center_image` makes.
+def crop_box(
+    box: tuple[float, float, float, float], image: Image.Image | np.ndarray
+) -> tuple[float, float, float, float]:
+    """Where a box lies in the square that `center_image` cuts out, up to the rounding of pixels.
 
     Args:
-        boxes: (n, 4) of x0, y0, x1, y1 in 0..1 of the original.
-        width: of the original in pixels.
-        height: of the original in pixels.
-        size: side of the square picture in pixels.
+        box: x0, y0, x1, y1 in 0..1 of the image.
+        image: the image, for its proportions.
 
     Returns:
-        (n, 4) float64 in 0..1, clipped to the picture; a box outside has no area.
+        x0, y0, x1, y1 in 0..1 of the square, clipped to it; a box outside has no area.
     """
-    resized = _resized(width, height, size)
-    corner = _center_corner(*resized, size)
-    scale = np.array([resized[0], resized[1]] * 2, dtype=np.float64)
-    shift = np.array([corner[0], corner[1]] * 2, dtype=np.float64)
-    return np.clip((np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale - shift) / size, 0.0, 1.0)
+    width, height = (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    x0, x1 = (min(1.0, max(0.0, (x * width - left) / side)) for x in (box[0], box[2]))
+    y0, y1 = (min(1.0, max(0.0, (y * height - top) / side)) for y in (box[1], box[3]))
+    return x0, y0, x1, y1
 
 
 def random_crop_box(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from train.data.loader import LoadedBatch, Loader, batches
 
 # These import torch; a wrong specification must be told before that.
-_LAZY = {name: "train.data.loader" for name in ("LoadedBatch", "Loader", "batches")}
+_LAZY = dict.fromkeys(("LoadedBatch", "Loader", "batches"), "train.data.loader")
 
 __all__ = [
     "BadSample",

@@ -196,8 +196,9 @@ class Table(Source):
         if path is None:
             return {}
         wanted, regions = set(self._images), {}
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
-        with opened as file, contextlib.suppress(EOFError, OSError):
+        reader = gzip.open if path.suffix == ".gz" else open
+        # A damaged end costs the boxes behind it, no more.
+        with reader(path, "rt", encoding="utf-8") as file, contextlib.suppress(EOFError, OSError):
             for number, line in enumerate(file, 1):
                 try:
                     entry = json.loads(line)
