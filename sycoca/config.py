@@ -264,7 +264,6 @@ class ModelConfig(_Strict):
     masking: MaskingConfig = MaskingConfig()
     loss: LossConfig = LossConfig()
     objectives: tuple[str, ...] = OBJECTIVES
-    activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
     logit_scale_init: float = 1 / 0.07
     logit_scale_max: float = 100.0
     gradient_checkpointing: bool = False
@@ -284,10 +283,12 @@ class ModelConfig(_Strict):
             f"masking.block: {block} does not divide the grid of {rows} x {cols} patches",
         )
         space = self.masking.score_space
-        _require(
-            not self.selects or self.masking.attentive_start == 1 or space == "local" or self.learns("itc"),
-            f"masking.score_space: '{space}' is trained by the objective 'itc', which is off",
-        )
+        if self.selects and self.masking.attentive_start < 1:
+            if space == "local":
+                _require(self.local_weight > 0, "loss.local_weight: 0 leaves the heads of the space 'local' untrained")
+            else:
+                reason = f"masking.score_space: '{space}' is trained by the objective 'itc', which is off"
+                _require(self.learns("itc"), reason)
 
     def learns(self, objective: str) -> bool:
         """Whether an objective is named and weighs more than nothing."""
@@ -364,4 +365,13 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
         image_decoder=ImageDecoderConfig(depth=4, width=768, heads=12),
         masking=_OURS,
     ),
+}
+
+# Parameters of each preset, and of it without the image decoder and score heads: CoCa.
+PRESET_PARAMETERS: dict[str, tuple[int, int]] = {
+    "tiny": (2979650, 2383489),
+    "small": (17511170, 15089665),
+    "base_16": (271532034, 253739265),
+    "coca_base": (479686093, 440335873),
+    "large_14": (679782222, 640414465),
 }

@@ -1,0 +1,116 @@
+"""Captioning decoder and image decoder: text that sees patches, patches that see text."""
+
+import torch
+from torch import Tensor, nn
+
+from kernels import gather_patches, scatter_patches
+from sycoca.config import ModelConfig
+from sycoca.layers import MLP, Block, CrossAttention, CrossBlock, SelfAttention, init_blocks, run_block
+from sycoca.losses import token_loss
+
+
+class VocabularyHead(nn.Module):
+    """Final norm and linear map to the vocabulary."""
+
+    def __init__(self, width: int, vocab_size: int, label_smoothing: float) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+        self.norm = nn.LayerNorm(width)
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        nn.init.normal_(self.weight, std=width**-0.5)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Summed loss of the labels (B, T), those below 0 left out, or without labels the logits (B, T, V)."""
+        x = self.norm(x)
+        if labels is None:
+            return nn.functional.linear(x, self.weight)
+        return token_loss(x.flatten(0, 1), self.weight, labels.flatten(), self.label_smoothing)
+
+
+class CaptionDecoder(nn.Module):
+    """Layers of a causal block over the words and a block that attends to the patches."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        decoder, width = config.caption_decoder, config.text.width
+        self.recompute = config.gradient_checkpointing
+        self.blocks = nn.ModuleList()
+        for _ in range(decoder.depth):
+            self.blocks.append(Block(width, decoder.heads, decoder.mlp_ratio, causal=True))
+            self.blocks.append(CrossBlock(width, decoder.heads, decoder.mlp_ratio, config.vision.width))
+        self.head = VocabularyHead(width, config.text.vocab_size, config.loss.caption_label_smoothing)
+        init_blocks(self.blocks, width, 2 * decoder.depth)
+
+    def forward(self, words: Tensor, patches: Tensor, labels: Tensor | None = None) -> Tensor:
+        """As `VocabularyHead`, from words (B, T, D) and the patches (B, K, D') that captioning sees."""
+        x = words
+        for causal, cross in zip(self.blocks[::2], self.blocks[1::2]):
+            x = run_block(causal, x, recompute=self.recompute)
+            x = run_block(cross, x, patches, recompute=self.recompute)
+        return self.head(x, labels)
+
+
+class ImageDecoderLayer(nn.Module):
+    """Self-attention over the image, cross-attention to the caption, MLP."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, text_width: int) -> None:
+        super().__init__()
+        self.ln_self = nn.LayerNorm(width)
+        self.attn = SelfAttention(width, heads, causal=False)
+        self.ln_cross = nn.LayerNorm(width)
+        self.ln_text = nn.LayerNorm(text_width)
+        self.cross = CrossAttention(width, heads, text_width)
+        self.ln_mlp = nn.LayerNorm(width)
+        self.mlp = MLP(width, mlp_ratio)
+
+    def forward(self, x: Tensor, words: Tensor, valid: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_self(x))
+        x = x + self.cross(self.ln_cross(x), self.ln_text(words), valid)
+        return x + self.mlp(self.ln_mlp(x))
+
+
+class ImageDecoder(nn.Module):
+    """Pixels of the masked patches from the encoded visible ones and the caption."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        decoder, vision = config.image_decoder, config.vision
+        self.recompute = config.gradient_checkpointing
+        self.num_patches = vision.num_patches
+        self.embed = nn.Linear(vision.width, decoder.width)
+        self.pos = nn.Parameter(torch.empty(vision.num_patches, decoder.width))
+        dropped = config.masking.masked_input == "drop"
+        self.mask_token = nn.Parameter(torch.empty(decoder.width)) if dropped else None
+        self.layers = nn.ModuleList(
+            ImageDecoderLayer(decoder.width, decoder.heads, decoder.mlp_ratio, config.text.width)
+            for _ in range(decoder.depth)
+        )
+        self.norm = nn.LayerNorm(decoder.width)
+        self.pixels = nn.Linear(decoder.width, vision.patch_values)
+        nn.init.normal_(self.pos, std=decoder.width**-0.5)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
+        for linear, std in ((self.embed, vision.width**-0.5), (self.pixels, 0.02)):
+            nn.init.normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)
+        init_blocks(self.layers, decoder.width, decoder.depth)
+
+    def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor, words: Tensor, valid: Tensor) -> Tensor:
+        """Pixels (B, K, p * p * 3) of the patches `masked` (B, K).
+
+        Args:
+            encoded: (B, N, D) image of the second pass, N the visible patches if the rest was dropped, else all.
+            visible, masked: (B, P - K) and (B, K) int64.
+            words: (B, T, D') states of the caption.
+            valid: (B, T) bool.
+        """
+        x = self.embed(encoded).to(self.pos.dtype)
+        if self.mask_token is None:
+            x = x + self.pos
+        else:
+            x = scatter_patches(x, visible, self.mask_token, num_patches=self.num_patches, pos=self.pos)
+        # An empty caption still needs a key to attend to; its reconstruction counts for nothing.
+        first = torch.arange(valid.shape[1], device=valid.device) == 0
+        for layer in self.layers:
+            x = run_block(layer, x, words, valid | first, recompute=self.recompute)
+        return self.pixels(self.norm(gather_patches(x, masked)))

@@ -1,0 +1,154 @@
+"""Blocks shared by every encoder and decoder: pre-norm attention and MLP.
+
+    attend(q, k, v) = softmax(q k^T / sqrt(d) + bias) v
+    x <- x + attention(LN(x));  x <- x + MLP(LN(x))
+
+Each parameter is used only inside the forward of the module that owns it, as sharded training requires.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:
+    """Softmax attention of q (B, H, N, d) over k and v (B, H, M, d).
+
+    Args:
+        q, k, v: queries, keys and values of one floating dtype.
+        causal: query i sees the keys 0..i.
+        valid: (B, M) bool, keys that may be seen; each row needs one. Not together with `causal`.
+
+    Returns:
+        (B, N, H * d).
+    """
+    B, H, N, d = q.shape
+    if q.device.type == "cpu" and not q.is_meta:
+        out = _attend_products(q, k, v, causal, valid)
+    else:
+        keep = None if valid is None else valid[:, None, None, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, is_causal=causal)
+    return out.transpose(1, 2).reshape(B, N, H * d)
+
+
+def _attend_products(q: Tensor, k: Tensor, v: Tensor, causal: bool, valid: Tensor | None) -> Tensor:
+    # At the lengths that a CPU trains, the fused kernel's backward is slower than these products.
+    B, H, N, d = q.shape
+    M = k.shape[2]
+    q, k, v = (x.reshape(B * H, -1, d) for x in (q, k, v))
+    bias = q.new_zeros(1, 1, 1)
+    if causal:
+        bias = q.new_full((N, M), -torch.inf).triu(1)[None]
+    elif valid is not None:
+        bias = q.new_zeros(B, M).masked_fill(~valid, -torch.inf).repeat_interleave(H, dim=0)[:, None]
+    logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5)
+    return torch.bmm(logits.softmax(-1), v).view(B, H, N, d)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of a sequence to itself; `causal` is a property of the encoder it stands in."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._split(self.qkv(x))
+        return self.out(attend(q, k, v, causal=self.causal))
+
+    def values(self, x: Tensor) -> Tensor:
+        """Output of every position (B, N, D) as if it attended to itself alone."""
+        return self.out(self.qkv(x).chunk(3, dim=-1)[2])
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        B, N, width = qkv.shape
+        return qkv.view(B, N, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of a sequence (B, N, D) to a memory (B, M, D')."""
+
+    def __init__(self, width: int, heads: int, memory_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(memory_width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, memory: Tensor, valid: Tensor | None = None) -> Tensor:
+        B, N, width = x.shape
+        q = self.q(x).view(B, N, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(memory).view(B, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(attend(q, k, v, valid=valid))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, int(width * ratio))
+        self.down = nn.Linear(int(width * ratio), width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """Self-attention, then MLP."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, causal: bool = False) -> None:
+        super().__init__()
+        self.ln_attn = nn.LayerNorm(width)
+        self.attn = SelfAttention(width, heads, causal)
+        self.ln_mlp = nn.LayerNorm(width)
+        self.mlp = MLP(width, mlp_ratio)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_attn(x))
+        return x + self.mlp(self.ln_mlp(x))
+
+
+class CrossBlock(nn.Module):
+    """Cross-attention to a memory, then MLP."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, memory_width: int) -> None:
+        super().__init__()
+        self.ln_attn = nn.LayerNorm(width)
+        self.ln_memory = nn.LayerNorm(memory_width)
+        self.attn = CrossAttention(width, heads, memory_width)
+        self.ln_mlp = nn.LayerNorm(width)
+        self.mlp = MLP(width, mlp_ratio)
+
+    def forward(self, x: Tensor, memory: Tensor, valid: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_attn(x), self.ln_memory(memory), valid)
+        return x + self.mlp(self.ln_mlp(x))
+
+
+class LogitScale(nn.Module):
+    """Learnable positive scale, stored as its logarithm in shape (1,)."""
+
+    def __init__(self, init: float) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((1,), init).log())
+
+    def forward(self) -> Tensor:
+        return self.log_scale.float().exp()
+
+
+def run_block(block: nn.Module, *args: Tensor | None, recompute: bool) -> Tensor:
+    """Output of a block, its activations kept for backward or computed again there."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
+def init_blocks(blocks: nn.Module, width: int, depth: int) -> None:
+    """Initial weights of the blocks of one tower: CLIP's scheme, residual branches damped by the depth."""
+    residual_std = (2 * depth * width) ** -0.5
+    std = {"qkv": width**-0.5, "q": width**-0.5, "kv": width**-0.5, "up": (2 * width) ** -0.5}
+    for name, module in blocks.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std.get(name.rsplit(".", 1)[-1], residual_std))
+            nn.init.zeros_(module.bias)

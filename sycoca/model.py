@@ -1,0 +1,304 @@
+"""SyCoCa: contrastive, captioning and text-guided masked image modelling over one image and one text encoder.
+
+    L = w_itc L_itc + w_ic L_ic + w_tm L_tm + w_local L_local
+
+Without masks it is CoCa. Losses are shares of the global batch of a process group that is handed in.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import PatchSelection, fused_itc_loss, gather_patches, masked_patch_loss
+from sycoca.config import ModelConfig
+from sycoca.decoders import CaptionDecoder, ImageDecoder, VocabularyHead
+from sycoca.layers import LogitScale
+from sycoca.losses import global_counts, local_loss
+from sycoca.masking import StepPlan, overlap, select_at_random, select_by_score, step_plan
+from sycoca.text import TextEncoder
+from sycoca.vision import VisionTransformer
+
+__all__ = ["Batch", "ImageFeatures", "Losses", "StepPlan", "SyCoCa", "TextFeatures", "parameter_groups", "step_plan"]
+
+
+class Batch(NamedTuple):
+    """What one rank trains on in one step.
+
+    Attributes:
+        images: (B, 3, H, W) fp32, normalised.
+        tokens: (B, T) int64, [SOT] words [EOT] and padding.
+        seeds: (B,) int64, randomness of each sample.
+        ids: (B,) int64, equal for pairs that match one another, or None.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    seeds: Tensor
+    ids: Tensor | None
+
+
+class ImageFeatures(NamedTuple):
+    """A batch of encoded images.
+
+    Attributes:
+        features: (B, E) fp32, unit rows.
+        patches: (B, P, D) normalised patches, seen by captioning.
+        embedded: (B, P, D) patch embeddings that a second pass starts from.
+        values: (B, P, D) values of the last block where the score space needs them, else None.
+    """
+
+    features: Tensor
+    patches: Tensor
+    embedded: Tensor
+    values: Tensor | None
+
+
+class TextFeatures(NamedTuple):
+    """A batch of encoded captions.
+
+    Attributes:
+        features: (B, E) fp32, unit rows.
+        words: (B, T, D) states of the tokens.
+        valid: (B, T) bool, tokens of the caption.
+        scored: (B, T) bool, valid tokens without [SOT]: those that score patches.
+    """
+
+    features: Tensor
+    words: Tensor
+    valid: Tensor
+    scored: Tensor
+
+
+class Losses(NamedTuple):
+    """Losses of a step, each () fp32; their mean over the ranks is the loss of the global batch.
+
+    Attributes:
+        total: weighted sum, to be differentiated.
+        itc, caption, tgmim, local: the terms, 0 where not trained.
+        mask_overlap: share, 0..1, of the selection that another image's caption would also select;
+            1 means that the caption does not matter.
+    """
+
+    total: Tensor
+    itc: Tensor
+    caption: Tensor
+    tgmim: Tensor
+    local: Tensor
+    mask_overlap: Tensor
+
+
+LocalOperands = tuple[Tensor, Tensor]
+
+
+class LocalHeads(nn.Module):
+    """Projections of patches and words into the space in which single tokens are contrasted."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.masking.local_dim
+        self.ln_text = nn.LayerNorm(config.text.width)
+        self.image = _projection(config.vision.width, dim)
+        self.text = _projection(config.text.width, dim)
+        self.scale = LogitScale(config.logit_scale_init)
+
+    def forward(self, patches: Tensor, words: Tensor) -> LocalOperands:
+        return _unit(self.image(patches)), _unit(self.text(self.ln_text(words)))
+
+
+class SyCoCa(nn.Module):
+    """The model of a configuration, parts that no objective needs left out.
+
+    Args:
+        config: sizes, masks, losses.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTransformer(config)
+        self.text = TextEncoder(config)
+        self.image_projection = _projection(config.vision.width, config.embed_dim)
+        self.text_projection = _projection(config.text.width, config.embed_dim)
+        self.logit_scale = LogitScale(config.logit_scale_init)
+        self.caption_decoder = CaptionDecoder(config) if config.learns("ic") else None
+        self.image_decoder = ImageDecoder(config) if config.num_masked else None
+        self.local = LocalHeads(config) if config.local_weight > 0 else None
+
+    def forward(self, batch: Batch, plan: StepPlan, group: dist.ProcessGroup | None = None) -> Losses:
+        """Losses of this rank's share of a global batch.
+
+        Args:
+            batch: tensors on one device.
+            plan: from `step_plan`, equal on all ranks.
+            group: process group over which the batch is spread, or None for this process alone.
+        """
+        config, weight = self.config, self.config.loss
+        text = self.encode_text(batch.tokens)
+        counts = torch.stack([text.valid[:, 1:].sum(), text.scored.any(1).sum()])
+        counts, world_size = global_counts(counts, group)
+        tokens, pairs = (counts.clamp(min=1) / world_size).unbind()
+        image = self.encode_image(batch.images)
+
+        itc = caption = tgmim = local = total = torch.zeros((), device=batch.images.device)
+        if config.learns("itc"):
+            itc = self._itc_loss(image, text, batch.ids, group)
+            total = total + weight.itc_weight * itc
+        operands = self.local(image.patches, text.words) if self.local is not None else None
+        selection, mask_overlap = self._selection(batch.seeds, plan, image, text, operands)
+        if self.caption_decoder is not None:
+            patches = gather_patches(image.patches, selection.kept) if plan.mask_captioning else image.patches
+            caption = self._caption_loss(patches, text, batch.tokens) / tokens
+            total = total + weight.caption_weight * caption
+        if self.image_decoder is not None:
+            tgmim = self._tgmim_loss(batch.images, image, text, selection) / pairs
+            total = total + weight.tgmim_weight * tgmim
+        if operands is not None:
+            group_size = config.masking.local_group
+            local = local_loss(*operands, text.scored, self.local.scale(), group_size) / pairs
+            total = total + config.local_weight * local
+        return Losses(total, itc, caption, tgmim, local, mask_overlap)
+
+    def encode_image(self, images: Tensor) -> ImageFeatures:
+        """Features of images (B, 3, H, W) fp32, normalised."""
+        encoded = self.vision(images)
+        return ImageFeatures(
+            _unit(self.image_projection(encoded.cls)), encoded.patches, encoded.embedded, encoded.values
+        )
+
+    def encode_text(self, tokens: Tensor) -> TextFeatures:
+        """Features of captions (B, T) int64."""
+        encoded = self.text(tokens)
+        scored = encoded.valid & (tokens != self.config.text.sot_id)
+        return TextFeatures(_unit(self.text_projection(encoded.cls)), encoded.words, encoded.valid, scored)
+
+    @torch.no_grad()
+    def select(self, image: ImageFeatures, text: TextFeatures) -> PatchSelection:
+        """The attentive selection of each image's patches under its caption, without gradient.
+
+        Raises:
+            ValueError: the configuration selects nothing, or never by a score.
+        """
+        if not self.config.selects:
+            raise ValueError("select: the model masks no patches (mask_ratio, drop_ratio or their objectives are 0)")
+        return select_by_score(*self._score_operands(image, text, None), self.config)
+
+    def caption_logits(self, image: ImageFeatures, tokens: Tensor) -> Tensor:
+        """Logits (B, T, V) of the token behind each of tokens (B, T), which may be unfinished; all patches are seen."""
+        if self.caption_decoder is None:
+            raise ValueError("caption_logits: the model was built without captioning")
+        return self.caption_decoder(self.text.words(tokens), image.patches)
+
+    def reconstruct(self, images: Tensor, text: TextFeatures, selection: PatchSelection) -> Tensor:
+        """Pixels (B, K, p * p * 3) of the masked patches, normalised as the images, from the visible ones and the caption.
+
+        Pixels of a patch are ordered row, column, channel. With `mse_normalised` they are in units of each patch.
+        """
+        if self.image_decoder is None:
+            raise ValueError("reconstruct: the model was built without TG-MIM")
+        return self._reconstruct(self.vision.embed(images), text, selection)
+
+    def _itc_loss(
+        self, image: ImageFeatures, text: TextFeatures, ids: Tensor | None, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        eps = self.config.loss.label_smoothing
+        scale = self.logit_scale()
+        return fused_itc_loss(image.features, text.features, scale, group=group, ids=ids, label_smoothing=eps)
+
+    def _caption_loss(self, patches: Tensor, text: TextFeatures, tokens: Tensor) -> Tensor:
+        labels = tokens[:, 1:].masked_fill(~text.valid[:, 1:], -1)
+        return self.caption_decoder(text.words[:, :-1], patches, labels)
+
+    def _tgmim_loss(
+        self, images: Tensor, image: ImageFeatures, text: TextFeatures, selection: PatchSelection
+    ) -> Tensor:
+        # An empty caption is no guide: prediction and target become zero, which is no error and no gradient.
+        present = text.scored.any(1)
+        pred = self._reconstruct(image.embedded, text, selection)
+        pred = torch.where(present[:, None, None], pred, 0.0)
+        target = torch.where(present[:, None, None, None], images, 0.0)
+        error = masked_patch_loss(
+            pred,
+            target,
+            selection.masked,
+            patch_size=self.config.vision.patch_size,
+            kind=self.config.loss.tgmim_kind,
+            reduction="sum",
+        )
+        return error / (self.config.num_masked * self.config.vision.patch_values)
+
+    def _reconstruct(self, embedded: Tensor, text: TextFeatures, selection: PatchSelection) -> Tensor:
+        encoded = self.vision.encode_visible(embedded, selection.visible)
+        return self.image_decoder(encoded, selection.visible, selection.masked, text.words, text.valid)
+
+    @torch.no_grad()
+    def _selection(
+        self, seeds: Tensor, plan: StepPlan, image: ImageFeatures, text: TextFeatures, local: LocalOperands | None
+    ) -> tuple[PatchSelection | None, Tensor]:
+        """The selection of a step, if any, and its overlap with that of the neighbour's caption."""
+        config = self.config
+        if not plan.attentive:
+            everywhere = torch.ones((), device=seeds.device)
+            return (select_at_random(seeds, config) if config.num_masked else None), everywhere
+        patches, tokens, scored = self._score_operands(image, text, local)
+        chosen = select_by_score(patches, tokens, scored, config)
+        other = select_by_score(patches, tokens.roll(1, 0), scored.roll(1, 0), config)
+        pair = (chosen.masked, other.masked) if config.num_masked else (chosen.kept, other.kept)
+        return chosen, overlap(*pair, config.vision.num_patches)
+
+    def _score_operands(
+        self, image: ImageFeatures, text: TextFeatures, local: LocalOperands | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches (B, P, E), tokens (B, T, E) and valid (B, T) whose cosines are the score."""
+        match self.config.masking.score_space:
+            case "itc":
+                words = self.text_projection(self.text.ln_final(text.words))
+                return self.image_projection(image.patches), words, text.scored
+            case "value":
+                any_scored = text.scored.any(1, keepdim=True)
+                return self.image_projection(image.values), text.features[:, None], any_scored
+            case "local":
+                if self.local is None:
+                    raise ValueError("score_space 'local': its heads were not built (loss.local_weight is 0)")
+                return *(local or self.local(image.patches, text.words)), text.scored
+
+
+def parameter_groups(model: SyCoCa, weight_decay: float) -> list[dict]:
+    """Parameters as an optimizer takes them.
+
+    Args:
+        model: any model of this package.
+        weight_decay: of the weights of linear maps and token tables; everything else has none.
+
+    Returns:
+        Groups with the keys `name`, `params`, `weight_decay`; the group `logit_scale` has also `max_value`, the
+        limit at which its parameters are clamped after each step.
+    """
+    decayed, plain, scales = [], [], []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, LogitScale):
+                scales.append(parameter)
+            elif name == "weight" and isinstance(module, nn.Linear | nn.Embedding | VocabularyHead):
+                decayed.append(parameter)
+            else:
+                plain.append(parameter)
+    limit = math.log(model.config.logit_scale_max)
+    return [
+        {"name": "decay", "params": decayed, "weight_decay": weight_decay},
+        {"name": "no_decay", "params": plain, "weight_decay": 0.0},
+        {"name": "logit_scale", "params": scales, "weight_decay": 0.0, "max_value": limit},
+    ]
+
+
+def _projection(width: int, dim: int) -> nn.Linear:
+    linear = nn.Linear(width, dim, bias=False)
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    return linear
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=-1)

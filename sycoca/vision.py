@@ -1,0 +1,119 @@
+"""Image encoder: a ViT whose [CLS] is the image and whose patches are seen by the decoders.
+
+    x = LN_pre([cls; E patch_i + pos_i]);  x = blocks(x);  cls, patches = LN_post(x)
+
+A second pass encodes the same image with masked patches, from the patch embeddings of the first.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kernels import gather_patches, scatter_patches
+from sycoca.config import ModelConfig
+from sycoca.layers import Block, init_blocks, run_block
+
+
+class EncodedImage(NamedTuple):
+    """Output of the first pass.
+
+    Attributes:
+        cls: (B, D) normalised [CLS].
+        patches: (B, P, D) normalised patches.
+        embedded: (B, P, D) patch embeddings before position and blocks.
+        values: (B, P, D) normalised values of the last block, without gradient, or None.
+    """
+
+    cls: Tensor
+    patches: Tensor
+    embedded: Tensor
+    values: Tensor | None
+
+
+class PatchEmbedding(nn.Module):
+    """Linear map of each patch's pixels, in the order row, column, channel."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(patch_size**2 * 3, width, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(patchify(images, self.patch_size).to(self.proj.weight.dtype))
+
+
+class PatchSequence(nn.Module):
+    """[CLS] and positions around the patches; (B, P, D) to (B, 1 + N, D)."""
+
+    def __init__(self, width: int, num_patches: int, masked_input: str | None) -> None:
+        super().__init__()
+        self.num_patches = num_patches
+        self.cls = nn.Parameter(torch.empty(width))
+        self.pos = nn.Parameter(torch.empty(num_patches, width))
+        self.mask_token = nn.Parameter(torch.empty(width)) if masked_input == "token" else None
+        for p in self.parameters():
+            nn.init.normal_(p, std=width**-0.5)
+
+    def forward(self, embedded: Tensor, visible: Tensor | None = None) -> Tensor:
+        x = embedded.to(self.pos.dtype)
+        if visible is not None and self.mask_token is None:
+            return gather_patches(x, visible, pos=self.pos, prefix=self.cls)
+        if visible is None:
+            x = x + self.pos
+        else:
+            seen = gather_patches(x, visible)
+            x = scatter_patches(seen, visible, self.mask_token, num_patches=self.num_patches, pos=self.pos)
+        return torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        vision = config.vision
+        self.recompute = config.gradient_checkpointing
+        self.wants_values = config.selects and config.masking.score_space == "value"
+        self.embed = PatchEmbedding(vision.patch_size, vision.width)
+        masked_input = config.masking.masked_input if config.num_masked else None
+        self.sequence = PatchSequence(vision.width, vision.num_patches, masked_input)
+        self.ln_pre = nn.LayerNorm(vision.width)
+        self.blocks = nn.ModuleList(Block(vision.width, vision.heads, vision.mlp_ratio) for _ in range(vision.depth))
+        self.ln_post = nn.LayerNorm(vision.width)
+        nn.init.normal_(self.embed.proj.weight, std=vision.patch_values**-0.5)
+        init_blocks(self.blocks, vision.width, vision.depth)
+
+    def forward(self, images: Tensor) -> EncodedImage:
+        embedded = self.embed(images)
+        x = self.ln_pre(self.sequence(embedded))
+        for block in self.blocks[:-1]:
+            x = run_block(block, x, recompute=self.recompute)
+        values = self._values(x) if self.wants_values else None
+        x = self.ln_post(run_block(self.blocks[-1], x, recompute=self.recompute))
+        return EncodedImage(x[:, 0], x[:, 1:], embedded, values)
+
+    def encode_visible(self, embedded: Tensor, visible: Tensor) -> Tensor:
+        """Normalised patches (B, N, D) of the image with only `visible` (B, K) shown; N is K if the rest is dropped."""
+        x = self.ln_pre(self.sequence(embedded, visible))
+        for block in self.blocks:
+            x = run_block(block, x, recompute=self.recompute)
+        return self.ln_post(x[:, 1:])
+
+    @torch.no_grad()
+    def _values(self, x: Tensor) -> Tensor:
+        last = self.blocks[-1]
+        return self.ln_post(last.attn.values(last.ln_attn(x)))[:, 1:]
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Pixels of each patch (B, P, p * p * 3), patches row-major, of images (B, 3, H, W)."""
+    B, C, H, W = images.shape
+    p = patch_size
+    grid = images.reshape(B, C, H // p, p, W // p, p)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """Images (B, 3, H, W) of patches (B, P, p * p * 3), the inverse of `patchify`."""
+    B, p = patches.shape[0], patch_size
+    rows, cols = grid
+    return patches.view(B, rows, cols, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * p, cols * p)
