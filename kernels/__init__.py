@@ -1,14 +1,19 @@
 """Fused operators for contrastive and masked image-text training, on torch tensors."""
 
 from kernels.dispatch import implementations
+from kernels.groups import GatheredTexts, gather_texts
+from kernels.itc import fused_itc_loss
 from kernels.patch_loss import masked_patch_loss
 from kernels.patches import gather_patches, scatter_patches
 from kernels.select import PatchSelection, attentive_select
 
 __all__ = [
+    "GatheredTexts",
     "PatchSelection",
     "attentive_select",
+    "fused_itc_loss",
     "gather_patches",
+    "gather_texts",
     "implementations",
     "masked_patch_loss",
     "scatter_patches",
