@@ -13,6 +13,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from sycoca.config import ConfigError
+from train.data.sample import DataError
 from train.hardware import has_cuda
 from train.launch import Launch, parse
 
@@ -56,7 +57,7 @@ def pretrain(launch: Launch) -> None:
     batches = inputs.batches(first_step * train.accumulation, device)
     for step in range(first_step, inputs.total_steps):
         started, waited = time.perf_counter(), 0.0
-        plan = step_plan(config.model.masking, step, inputs.total_steps, train.seed)
+        plan = step_plan(config.model, step, inputs.total_steps, train.seed)
         lr = config.optimizer.lr * learning_rate_factor(config.schedule, step, inputs.total_steps)
         set_learning_rate(optimizer, lr)
         for _ in range(train.accumulation):
@@ -128,11 +129,11 @@ def evaluate_at_end(engine, launch: Launch, inputs, device, group) -> None:
 def main() -> int:
     try:
         launch = parse(sys.argv[1:], script=Path(__file__).resolve(), has_cuda=has_cuda())
-    except ConfigError as error:
+        pretrain(launch)
+    except (ConfigError, DataError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    pretrain(launch)
     return 0
 
 

@@ -1,0 +1,56 @@
+"""Whole commands, run in a fresh copy of the checkout, as a newcomer would."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("kernels", "sycoca", "train", "bench", "tests", "docs", "setup.py", "pyproject.toml", "README.md", "Makefile")
+
+
+class Done(NamedTuple):
+    """What a finished command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the checkout without runs, caches and environments."""
+    target = tmp_path_factory.mktemp("checkout")
+    for name in ROOMS:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__", ".benchmarks"))
+        elif source.exists():
+            shutil.copy(source, target / name)
+    return target
+
+
+@pytest.fixture(scope="session")
+def command(checkout):
+    """Runs a shell command in the copy and returns its exit code and output."""
+
+    def run(line: str, *, timeout_s: float = 300, cwd: Path = checkout, env: dict | None = None) -> Done:
+        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        environment.update(env or {})
+        done = subprocess.run(
+            line, shell=True, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout_s
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def metric_rows(run_dir: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

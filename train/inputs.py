@@ -1,0 +1,99 @@
+"""What a run reads: its sources, its tokenizer, and the batches from any step on."""
+
+import json
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from sycoca.model import Batch
+from sycoca.tokenizer import Tokenizer
+from train.data import DataError, Source, batches, open_dataset
+from train.launch import Launch, effective
+
+_TOKENIZER_SAMPLES = 20_000
+
+
+class Inputs(NamedTuple):
+    """Sources, tokenizer and length of a run, and this rank's place in it."""
+
+    train: Source
+    val: Source
+    tokenizer: Tokenizer
+    total_steps: int
+    launch: Launch
+    rank: int
+    world: int
+
+    def batches(self, first: int, device: torch.device) -> Iterator[Batch]:
+        """This rank's batches on the device, from the global batch number `first` on.
+
+        Samples that are left out are counted in `train.skipped`.
+        """
+        config = self.launch.config
+        global_batch = config.train.micro_batch * self.world
+        epoch, start = divmod(first, len(self.train) // global_batch)
+        loader = batches(
+            self.train,
+            self.tokenizer,
+            global_batch=global_batch,
+            image_size=config.model.vision.image_size,
+            context_length=config.model.text.context_length,
+            seed=config.train.seed,
+            rank=self.rank,
+            world=self.world,
+            epoch=epoch,
+            start=start,
+            workers=config.data.workers,
+            crop_scale=config.data.crop_scale,
+        )
+        # Skips found while training belong beside those found while opening.
+        loader.skipped = self.train.skipped
+        for loaded in loader:
+            yield Batch(*(part.to(device, non_blocking=True) for part in loaded[:3]), ids=None)
+
+
+def open_inputs(launch: Launch, *, rank: int, world: int) -> Inputs:
+    """Opens the sources, makes the run's folder and its tokenizer. All ranks call it.
+
+    Raises:
+        DataError: a source holds too little, or its tokenizer does not fit the model.
+    """
+    config = launch.config
+    size = config.model.vision.image_size
+    train = open_dataset(config.data.train, "train", image_size=size)
+    val = open_dataset(config.data.val or config.data.train, "val", image_size=size)
+    global_batch = config.train.micro_batch * world
+    per_epoch = len(train) // global_batch
+    if per_epoch == 0:
+        raise DataError(f"data.train={config.data.train}: {len(train)} samples do not fill a batch of {global_batch}")
+    if len(val) < 2:
+        raise DataError(f"data source {config.data.val or config.data.train}: {len(val)} held-out samples, needs 2")
+    if rank == 0:
+        launch.run_dir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(effective(launch), indent=2)
+        (launch.run_dir / "config.json").write_text(text + "\n", encoding="utf-8")
+    tokenizer = _tokenizer(launch, train, rank)
+    wanted = config.model.text
+    if tokenizer.vocab_size > wanted.vocab_size or tokenizer.eot_id != wanted.eot_id:
+        raise DataError(
+            f"data.tokenizer={config.data.tokenizer}: {tokenizer.vocab_size} entries, end of text {tokenizer.eot_id}; "
+            f"model.text has {wanted.vocab_size}, {wanted.eot_id}"
+        )
+    steps = config.train.steps or int(config.train.epochs * (per_epoch // config.train.accumulation))
+    return Inputs(train, val, tokenizer, max(1, steps), launch, rank, world)
+
+
+def _tokenizer(launch: Launch, train: Source, rank: int) -> Tokenizer:
+    saved = launch.run_dir / "tokenizer.json"
+    if rank == 0 and not saved.exists():
+        name = launch.config.data.tokenizer
+        if name == "bpe":
+            texts = train.texts(_TOKENIZER_SAMPLES)
+            made = Tokenizer.train(texts, launch.config.model.text.vocab_size)
+        else:
+            made = Tokenizer.clip() if name == "clip" else Tokenizer.load(name)
+        made.save(saved)
+    dist.barrier()
+    return Tokenizer.load(saved)
