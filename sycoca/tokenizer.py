@@ -30,20 +30,23 @@ _CLIP_MERGES = 49152 - 256 - 2
 _CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 # A caption longer than this many characters per token of the context is cut before it is split.
 _CHARACTERS_PER_TOKEN = 64
-# What ftfy's repairs come to on well-encoded captions: straight quotes, ligatures and full-width forms taken apart.
-_STRAIGHT = str.maketrans({"‘": "'", "’": "'", "‚": "'", "‛": "'", "“": '"', "”": '"', "„": '"', "‟": '"'})
+# What ftfy's repairs come to on well-encoded captions: straight quotes, no control characters, and ligatures and
+# full-width forms taken apart.
+_REPAIRS = {
+    **dict.fromkeys([0x02BC, *range(0x2018, 0x201C)], "'"),
+    **dict.fromkeys(range(0x201C, 0x2020), '"'),
+    **dict.fromkeys([*range(0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF], None),
+    **dict.fromkeys(range(0xFFF9, 0xFFFD), None),
+}
+_APART = [*range(0xFB00, 0xFB07), *range(0xFF01, 0xFFF0), 0x3000, 0x0132, 0x0133, *range(0x01C4, 0x01CD)]
+_REPAIRS |= {c: unicodedata.normalize("NFKC", chr(c)) for c in _APART} | {0x0149: "'n"}
 
 
 def _clip_clean(text: str) -> str:
-    text = html.unescape(html.unescape(text)).translate(_STRAIGHT)
-    if text.isascii():
-        return text
-    narrow = (unicodedata.normalize("NFKC", c) if _is_presentation_form(c) else c for c in text)
-    return unicodedata.normalize("NFC", "".join(narrow))
-
-
-def _is_presentation_form(c: str) -> bool:
-    return "\ufb00" <= c <= "\ufb06" or "\uff01" <= c <= "\uffef" or c == "\u3000"
+    if "<" not in text:
+        text = html.unescape(text)
+    text = unicodedata.normalize("NFC", text.translate(_REPAIRS))
+    return html.unescape(html.unescape(text))
 
 
 def _normalizer() -> normalizers.Normalizer:
@@ -113,7 +116,7 @@ class Tokenizer:
         """CLIP's BPE, from the vocabulary file of an installed open_clip_torch; the package itself is not imported.
 
         Ids equal those of open_clip's SimpleTokenizer, except that text which spells a special token stays text, and
-        that wrongly decoded characters (mojibake) are left as they are.
+        that mojibake and terminal escapes are left as they are.
 
         Raises:
             ModuleNotFoundError: open_clip_torch is not installed.

@@ -21,7 +21,7 @@ def _circle(x, y):
 
 
 def _square(x, y):
-    return np.maximum(np.abs(x), np.abs(y)) - 0.82
+    return np.maximum(np.abs(x), np.abs(y)) - 0.87
 
 
 def _triangle(x, y):

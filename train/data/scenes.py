@@ -23,7 +23,7 @@ _SHAPE_NAMES = tuple(SHAPES)
 _COLOUR_NAMES = tuple(COLOURS)
 _RGB = tuple(COLOURS.values())
 # Diameters as shares of the side.
-_SMALL, _LARGE = (0.20, 0.235), (0.31, 0.37)
+_SMALL, _LARGE = (0.215, 0.25), (0.32, 0.375)
 _LARGE_SHARE, _MOST_LARGE = 0.45, 2
 _MARGIN, _GAP = 0.01, 0.012
 _TRIES = 24
