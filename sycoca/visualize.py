@@ -5,6 +5,7 @@ matplotlib is imported when the first figure is drawn.
 
 import os
 import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 _LEFT_OUT = 232
 _HIDDEN = 96
 _DPI = 110
-_CELL, _TEXT, _GAP, _BAR, _TOP = 1.95, 2.75, 0.12, 0.42, 0.62  # inches
-_WRAP = 36  # characters
+_CELL, _TEXT, _GAP, _BAR, _TOP, _LINE = 1.95, 2.75, 0.12, 0.42, 0.62, 0.158  # inches
+_FONT, _SMALL = 9, 7  # points
+_WRAP, _MOST_LINES = 38, 3
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ def restore_patches(predicted: Tensor, target: Tensor) -> Tensor:
     return predicted * (variance + 1e-6).sqrt() + mean
 
 
+def has_scores(config: Any) -> bool:
+    """Whether a model of this configuration selects and has what its score space needs."""
+    return config.selects and (config.masking.score_space != "local" or config.local_weight > 0)
+
+
 @torch.no_grad()
 def view_pairs(
     model: Any, tokenizer: Any, images: Tensor, captions: Sequence[str], boxes: Sequence[np.ndarray] | None = None
@@ -94,7 +101,7 @@ def view_pairs(
         parts["boxes"] = boxes
     if config.learns("ic"):
         parts["written"] = generate_from(model, tokenizer, image)
-    if config.selects:
+    if has_scores(config):
         selection = model.select(image, text)
         parts["scores"] = selection.scores.float().cpu().unflatten(1, config.vision.grid).numpy()
         if config.num_dropped:
@@ -131,7 +138,7 @@ def overlay_figure(views: Sequence[View]) -> "Figure":
     figure = Figure(figsize=(width, height), dpi=_DPI)
     for row, view in enumerate(views):
         bottom = height - _TOP - row * (_CELL + _GAP) - _CELL
-        figure.text(_GAP / width, (bottom + _CELL) / height, _words(view), va="top", fontsize=9, linespacing=1.35)
+        _write(figure, view, bottom + _CELL)
         left = _TEXT
         for title, draw in columns:
             axes = figure.add_axes((left / width, bottom / height, _CELL / width, _CELL / height))
@@ -139,7 +146,7 @@ def overlay_figure(views: Sequence[View]) -> "Figure":
             axes.set_yticks([])
             shown = draw(axes, view)
             if row == 0:
-                axes.set_title(title, fontsize=9)
+                axes.set_title(title, fontsize=_FONT)
             left += _CELL + _GAP
             if shown is not None:
                 beside = (left - 0.6 * _GAP) / width
@@ -173,7 +180,11 @@ def save_overview(
     images = torch.stack([eval_transform(sample.image, image_size) for sample in samples]).to(device)
     boxes = [np.array([crop_box(r.box, s.image) for r in s.described(0)]).reshape(-1, 4) for s in samples]
     views = view_pairs(model, tokenizer, images, [sample.captions[0] for sample in samples], boxes)
-    overlay_figure(views).savefig(path, format="png")
+    figure = overlay_figure(views)
+    with warnings.catch_warnings():
+        # A script without a font here shows as boxes, which is no concern of who trains.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(path, format="png")
 
 
 def _marked(index: Tensor, grid: tuple[int, int]) -> np.ndarray:
@@ -205,7 +216,9 @@ def _draw_boxes(axes: Any, view: View) -> None:
     height, width = view.image.shape[:2]
     for x0, y0, x1, y1 in view.boxes if view.boxes is not None else ():
         corner = (x0 * width - 0.5, y0 * height - 0.5)
-        axes.add_patch(Rectangle(corner, (x1 - x0) * width, (y1 - y0) * height, fill=False, ec="white", lw=0.9))
+        for colour, line in (("black", 2.0), ("white", 0.9)):
+            sides = ((x1 - x0) * width, (y1 - y0) * height)
+            axes.add_patch(Rectangle(corner, *sides, fill=False, ec=colour, lw=line))
 
 
 def _draw_scores(axes: Any, view: View) -> Any:
@@ -221,7 +234,7 @@ def _draw_scores(axes: Any, view: View) -> Any:
 def _colour_bar(figure: Any, axes: Any, shown: Any) -> None:
     figure.colorbar(shown, cax=axes, alpha=1.0)
     low, high = shown.get_clim()
-    axes.set_yticks([low, high], [f"{low:.2f}", f"{high:.2f}"], fontsize=7)
+    axes.set_yticks([low, high], [f"{low:.2f}", f"{high:.2f}"], fontsize=_SMALL)
     axes.tick_params(length=0, pad=2)
 
 
@@ -229,15 +242,29 @@ def _show(axes: Any, picture: np.ndarray) -> None:
     axes.imshow(picture, interpolation="nearest")
 
 
-def _words(view: View) -> str:
-    told = [("caption", view.caption), ("the model writes", view.written), ("another image's caption", view.stranger)]
-    parts = [(f"{name}:", *textwrap.wrap(text or "(nothing)", _WRAP)[:4]) for name, text in told if text is not None]
-    return "\n".join("\n".join(lines) for lines in parts)
+def _write(figure: Any, view: View, top: float) -> None:
+    """The captions of a view in the text column, from a height in inches downwards."""
+    from matplotlib.transforms import Bbox
+
+    width, height = figure.get_size_inches()
+    column = Bbox.from_bounds(0, 0, _TEXT * _DPI, height * _DPI)
+    told = (("caption", view.caption), ("the model writes", view.written), ("another image's caption", view.stranger))
+    for name, text in told:
+        if text is None:
+            continue
+        printable = "".join(c if c.isprintable() else " " for c in text)
+        lines = textwrap.wrap(printable, _WRAP, max_lines=_MOST_LINES, placeholder=" ...") or ["(nothing)"]
+        for line, weight in ((name, "bold"), *((line, "normal") for line in lines)):
+            # A caption is no mathematics: dollar signs stay what they are.
+            drawn = figure.text(_GAP / width, top / height, line, va="top", fontsize=_FONT, weight=weight)
+            drawn.set(parse_math=False, clip_on=True, clip_box=column)
+            top -= _LINE
+        top -= 0.35 * _LINE
 
 
 _COLUMNS = (
     ("image", "image", lambda axes, view: _show(axes, view.image)),
-    ("scores", "how well each patch\nmatches the caption", _draw_scores),
+    ("scores", "score of each patch (boxes:\nwhat the caption describes)", _draw_scores),
     (
         "kept",
         "what captioning keeps\nwhen it is masked",

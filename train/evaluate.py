@@ -2,7 +2,7 @@
 
 Features, captions and their likelihoods come from full images; the masks of TG-MIM are those of the score.
 Beside a figure with the true caption stands the same with a stranger's: what the caption is worth.
-A figure is None where the model does not learn what it measures, where the data do not tell, and where it is not finite.
+A figure is None where the model does not learn what it measures, the data do not tell, or the result is not finite.
 """
 
 import math
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sycoca.generate import generate_from
+from sycoca.masking import select_at_random
 from sycoca.vision import patchify
-from sycoca.visualize import restore_patches
+from sycoca.visualize import has_scores, restore_patches
 from train.evaluation import auc, caption_nats, overlap, retrieval, share_inside
 from train.evaluation_pairs import HeldOut, Pairs
 
@@ -68,7 +69,7 @@ def evaluate(
         features.append((images.features.float(), texts.features.float()))
         if config.learns("ic"):
             _captioning(sums, model, images, batch)
-        if config.selects:
+        if config.num_masked or has_scores(config):
             _selection(sums, model, images, texts, batch)
     usable = held_out.share()
     if not usable:
@@ -88,7 +89,7 @@ def evaluate(
         figures["captioning"] = _captioning_figures(means, _written(model, tokenizer, held_out, usable, examples))
     if config.num_masked:
         figures["tgmim"] = _tgmim_figures(means, config)
-    if config.selects:
+    if has_scores(config):
         figures["selection"] = _selection_figures(means, config)
     return figures | {"seconds": round(time.perf_counter() - started, 3)}
 
@@ -128,14 +129,17 @@ def _captioning(sums: _Sums, model: Any, images: Any, batch: Pairs) -> None:
 
 
 def _selection(sums: _Sums, model: Any, images: Any, texts: Any, batch: Pairs) -> None:
-    strangers = model.encode_text(batch.strangers)
-    selection, other = model.select(images, texts), model.select(images, strangers)
+    config, strangers = model.config, model.encode_text(batch.strangers)
     sound = batch.counted & texts.scored.any(1) & strangers.scored.any(1)
-    if model.config.num_masked:
+    selection = model.select(images, texts) if has_scores(config) else select_at_random(batch.indices, config)
+    if config.num_masked:
         _tgmim(sums, model, texts, strangers, selection, batch.images, sound)
-    index, other_index = _chosen(model.config, selection), _chosen(model.config, other)
-    sums.add("overlap_shuffled", overlap(index, other_index), sound.double())
-    known = (sound & (batch.described.sum(1) > 0)).double()
+    if not has_scores(config):
+        return
+    other = model.select(images, strangers)
+    index, other_index = _chosen(config, selection), _chosen(config, other)
+    sums.add("overlap_shuffled", overlap(index, other_index), sound)
+    known = sound & (batch.described.sum(1) > 0)
     sums.add("share", share_inside(batch.described, index), known)
     sums.add("share_shuffled", share_inside(batch.described, other_index), known)
 
@@ -146,7 +150,7 @@ def _selection(sums: _Sums, model: Any, images: Any, texts: Any, batch: Pairs) -
         ("auc_shuffled", other.scores, ~described),
         ("auc_undescribed", selection.scores, silent),
     ):
-        sums.add(name, auc(scores, described, rest), (sound & described.any(1) & rest.any(1)).double())
+        sums.add(name, auc(scores, described, rest), sound & described.any(1) & rest.any(1))
 
 
 def _chosen(config: Any, selection: Any) -> Tensor:
@@ -172,7 +176,7 @@ def _tgmim(sums: _Sums, model: Any, texts: Any, strangers: Any, selection: Any, 
         ("l1_median_colour", _plain(median, target)),
         ("l1_visible_mean_colour", _plain(mean, target)),
     ):
-        sums.add(name, (guess - target).abs().mean((1, 2)), sound.double())
+        sums.add(name, (guess - target).abs().mean((1, 2)), sound)
 
 
 def _plain(colour: Tensor, like: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ number of forward passes.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ class Pairs(NamedTuple):
     images: Tensor  # (B, 3, H, W) fp32, normalised
     tokens: Tensor  # (B, T) int64
     strangers: Tensor  # (B, T) int64
+    indices: Tensor  # (B,) int64, places in the data set
     counted: Tensor  # (B,) bool
     described: Tensor  # (B, P) fp64, share of a patch inside boxes of what the caption describes
     undescribed: Tensor  # (B, P) fp64, share inside boxes of what the source says no caption describes
@@ -128,8 +129,8 @@ class HeldOut:
         images = torch.zeros(len(indices), 3, self._image_size, self._image_size)
         areas = torch.zeros(2, len(indices), vision.num_patches, dtype=torch.float64)
         captions, strangers, counted = [""] * len(indices), [""] * len(indices), [False] * len(indices)
-        for row, index in enumerate(indices):
-            sample = self._read(index) if index < self._count else None
+        samples = [self._read(index) if index < self._count else None for index in indices]
+        for row, (index, sample) in enumerate(zip(indices, samples)):
             if sample is None:
                 continue
             counted[row], captions[row], strangers[row] = True, sample.captions[0], self._stranger(index)
@@ -142,6 +143,7 @@ class HeldOut:
             images.to(self._device),
             self._encode(captions),
             self._encode(strangers),
+            torch.tensor(list(indices), device=self._device),
             torch.tensor(counted, device=self._device),
             areas[0].to(self._device),
             areas[1].to(self._device),
