@@ -15,6 +15,8 @@ from train.data.scene_shapes import BACKGROUNDS, COLOURS, SHAPES, Figure, figure
 from train.data.scene_words import Thing, caption, questions
 
 CAPTIONS = 5
+# Words repeat: more scenes than these would teach a vocabulary nothing.
+VOCABULARY_SCENES = 1_000
 TRAIN_COUNT = 50_000
 HELD_OUT_COUNT = 1_024
 SPLIT_START = {"train": 0, "val": 1 << 40, "test": 2 << 40}
@@ -206,7 +208,7 @@ class Scenes(Source):
         return draw_scene(scene, self.image_size), text, self._key(index)
 
     def texts(self, limit: int | None = None):
-        for index in range(len(self) if limit is None else min(limit, len(self))):
+        for index in range(min(len(self), VOCABULARY_SCENES, len(self) if limit is None else limit)):
             number = self._global_index(index)
             scene = make_scene(self.seed, number)
             for which in range(CAPTIONS):
