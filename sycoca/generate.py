@@ -85,6 +85,8 @@ def generate(model: Any, tokenizer: Any, images: Tensor, *, max_length: int | No
     Raises:
         ValueError: `max_length` is outside 1..context length.
     """
+    if len(images) == 0:
+        return []
     return generate_from(model, tokenizer, model.encode_image(images), max_length=max_length)
 
 
@@ -97,8 +99,6 @@ def generate_from(model: Any, tokenizer: Any, image_features: Any, *, max_length
         raise ValueError(f"generate: max_length must lie in 1..{text.context_length}, got {max_length}")
     patches = image_features.patches
     first = torch.full((patches.shape[0],), text.sot_id, dtype=torch.int64, device=patches.device)
-    if len(first) == 0:
-        return []
     session = Recomputed(model, image_features)
     tokens = decode(session, first, max_length=limit, eot_id=text.eot_id, pad_id=text.pad_id)
     return tokenizer.decode(tokens)
