@@ -81,7 +81,7 @@ def _blocks(pred: Tensor, images: Tensor, index: Tensor, p: int, kind: str, eps:
         samples = slice(start, min(start + step, B))
         count = samples.stop - start
         pixels = images[samples].reshape(-1, length)
-        rows = (first[samples, :, None] + offset[:count]).view(-1)
+        rows = (first[samples, :, None] + offset[:count]).reshape(-1)
         target = scratch[: count * K]
         if pixels.dtype == target.dtype:
             torch.index_select(pixels, 0, rows, out=target.view(-1, length))

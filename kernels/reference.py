@@ -113,11 +113,12 @@ def masked_patch_loss(
     B, C, H, W = images.shape
     p = patch_size
     dtype = _at_least_fp32(pred.dtype)
-    patches = images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
+    patches = images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
+    patches = patches.reshape(B, (H // p) * (W // p), p * p * C)
     target = patches.gather(1, index[:, :, None].expand(-1, -1, p * p * C)).to(dtype)
     if kind == "mse_normalised":
-        variance, mean = torch.var_mean(target, dim=2, correction=0, keepdim=True)
-        target = (target - mean) / (variance + 1e-6).sqrt()
+        target = target - target.mean(2, keepdim=True)
+        target = target / (target.square().mean(2, keepdim=True) + 1e-6).sqrt()
     error = pred.to(dtype) - target
     total = error.abs().sum() if kind == "l1" else error.square().sum()
     return total / max(1, pred.numel()) if reduction == "mean" else total

@@ -98,12 +98,16 @@ def attentive_select(
         ValueError: a shape, count, device or implementation does not fit.
         TypeError: a dtype or the type of a scalar does not fit.
     """
+    kind = patches.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        if patches.is_floating_point() and patches.dtype != torch.float64:
+            patches, tokens = patches.to(dtype), tokens.to(dtype)
+        with torch.autocast(kind, enabled=False):
+            sizes = {"num_masked": num_masked, "num_dropped": num_dropped, "block": block, "grid": grid}
+            return attentive_select(patches, tokens, valid, **sizes, impl=impl)
     rows, columns = _check(patches, tokens, valid, num_masked, num_dropped, block, grid)
     patches, tokens = patches.detach(), tokens.detach()
-    kind = patches.device.type
-    if torch.is_autocast_enabled(kind) and patches.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        patches, tokens = patches.to(dtype), tokens.to(dtype)
     B, P, D = patches.shape
     size = B * P * tokens.shape[1] * D
     chosen = dispatch.select(_NAME, impl, patches.device, size=size)
