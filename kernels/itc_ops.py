@@ -12,21 +12,21 @@ from kernels import groups
 _NAMESPACE = "sycoca_kernels"
 
 
-def _implementation(impl: str):
+def _run(impl: str, part: str, *args) -> tuple[Tensor, ...]:
+    """One part of an implementation, out of autocast's reach: its dtype is an argument."""
     if impl == "triton":
-        from kernels import itc_triton
-
-        return itc_triton
-    from kernels import itc_cpu
-
-    return itc_cpu
+        from kernels import itc_triton as implementation
+    else:
+        from kernels import itc_cpu as implementation
+    with torch.autocast(args[0].device.type, enabled=False):
+        return getattr(implementation, part)(*args)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::itc_prologue", mutates_args=())
 def prologue(
     image: Tensor, text: Tensor, logit_scale: Tensor, product: torch.dtype, impl: str
 ) -> tuple[Tensor, Tensor]:
-    return _implementation(impl).prologue(image, text, logit_scale, product)
+    return _run(impl, "prologue", image, text, logit_scale, product)
 
 
 @prologue.register_fake
@@ -49,8 +49,8 @@ def sums(
     scratch_bytes: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return _implementation(impl).sums(
-        image, text, logit_scale, shift, ids, text_ids, weight, smoothing, offset, product, scratch_bytes
+    return _run(
+        impl, "sums", image, text, logit_scale, shift, ids, text_ids, weight, smoothing, offset, product, scratch_bytes
     )
 
 
@@ -70,7 +70,7 @@ def online(
     scratch_bytes: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return _implementation(impl).online(image, text, logit_scale, safe, offset, product, scratch_bytes)
+    return _run(impl, "online", image, text, logit_scale, safe, offset, product, scratch_bytes)
 
 
 @online.register_fake
@@ -100,7 +100,9 @@ def grads(
     scratch_bytes: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation(impl).grads(
+    return _run(
+        impl,
+        "grads",
         image,
         text,
         logit_scale,

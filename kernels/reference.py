@@ -21,9 +21,10 @@ def itc_loss(
     """Symmetric contrastive loss of all pairs (B, D), (B, D): the share of the pairs in `rows`, times `world_size`."""
     B = image.shape[0]
     logits = (image @ text.T).to(_at_least_fp32(image.dtype)) * logit_scale.reshape(())
-    same = torch.eye(B, dtype=torch.bool, device=image.device) if ids is None else ids[:, None] == ids[None, :]
+    same = torch.eye(B, device=image.device) if ids is None else ids[:, None] == ids[None, :]
+    same = same.to(logits.dtype)
     # q_ij = (1 - eps) y_ij / n_i + eps / B, symmetric
-    targets = same.to(logits.dtype) * ((1.0 - label_smoothing) / same.sum(1, keepdim=True)) + label_smoothing / B
+    targets = (1.0 - label_smoothing) * same / same.sum(1, keepdim=True) + label_smoothing / B
     row = -(targets * logits.log_softmax(1)).sum(1)
     column = -(targets * logits.log_softmax(0)).sum(0)
     terms = (row + column) / 2
