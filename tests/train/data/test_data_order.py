@@ -41,7 +41,7 @@ def test_permutations_of_different_keys_are_unrelated():
 
 
 def test_each_position_sees_all_samples_evenly():
-    size, keys = 20, 8000
+    size, keys = 20, 2000
     orders = np.stack([shuffled(np.arange(size), size, mix(9, epoch)) for epoch in range(keys)])
     counts = np.stack([np.bincount(orders[:, position], minlength=size) for position in range(size)])
     chi_square = ((counts - keys / size) ** 2 / (keys / size)).sum()
