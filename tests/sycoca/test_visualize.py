@@ -14,8 +14,8 @@ from sycoca.config import CaptionDecoderConfig, ImageDecoderConfig, MaskingConfi
 from sycoca.images import eval_transform
 from sycoca.model import SyCoCa
 from sycoca.tokenizer import Tokenizer
-from sycoca.visualize import View, overlay_figure, restore_patches, save_overview, view_pairs
 from sycoca.vision import patchify
+from sycoca.visualize import View, overlay_figure, restore_patches, save_overview, view_pairs
 
 SIZE, PATCH = 32, 8
 CAPTIONS = ["a red square", "a blue disc above a green heart", "nothing much"]
