@@ -180,8 +180,8 @@ def clip(theirs):
 CAPTION_WORDS = (
     "a the man woman's dogs don't it's playing with frisbee red-orange t-shirt 2 17 1990s park, grass. (two)"
 )
-OTHER_WORDS = """ 'quoted' "quoted" near/by NYC St. naïve café jalapeño 50% $3 #1 snow-covered & y's I'm we're they'll you've
-    he'd ... -- !? :-) éclair Zürich 東京 Привет 🐕 ½ ² №"""
+OTHER_WORDS = """ 'quoted' "quoted" near/by NYC St. naïve café jalapeño 50% $3 #1 snow-covered & y's I'm we're they'll
+    you've he'd ... -- !? :-) éclair Zürich 東京 Привет 🐕 ½ ² №"""
 
 
 def _made_up_captions(count):
@@ -193,7 +193,8 @@ def _made_up_captions(count):
 ODD = [
     "", "   ", "tabs\tand\nlines", "a\u00a0b\u200bc\u2028d", "\ufeffhello\x07", "x" * 500, "a " * 200, "á" * 90,
     "“curly” ‘quotes’ don’t", "ʼa ‛b‟ „c“", "&amp; &lt;b&gt; &quot;x&quot; &eacute;", "<b>bold</b>", "a_b.c,!?;",
-    "I'LL we'VE 'S 's 'RE", "ﬁne ﬂow ＡＢＣ ｗｉｄｅ", "e\u0301 A\u030a", "İstanbul ǅ ß ẞ Ω K Å", "١٢٣ ½ ² ①", "😀😀👩‍👩‍👧",
+    "I'LL we'VE 'S 's 'RE", "ﬁne ﬂow ＡＢＣ ｗｉｄｅ", "e\u0301 A\u030a", "İstanbul ǅ ß ẞ Ω K Å", "١٢٣ ½ ² ①",
+    "😀😀👩‍👩‍👧",
 ]  # fmt: skip
 
 

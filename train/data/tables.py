@@ -137,7 +137,7 @@ class Table(Source):
             held = _held_out(list(captions), val_share)
             if self.split == "test":
                 raise DataError(
-                    f"data source '{self.path}': no column 'split', so there is a train and a val part only"
+                    f"data source '{self.path}': no column 'split', so no split 'test'; there are train and val"
                 )
             captions = {image: c for image, c in captions.items() if (image in held) == (self.split == "val")}
         for image, texts in captions.items():
