@@ -50,8 +50,8 @@ class GatheredTexts(NamedTuple):
 
     def wait(self) -> tuple[Tensor, Tensor | None]:
         """Texts (B, D) and ids (B,) of the group, without gradient."""
-        text = _compact(_wait(self.pending_text), self.layout)
-        ids = None if self.pending_ids is None else _compact(_wait(self.pending_ids), self.layout)
+        text = _compact(wait(self.pending_text), self.layout)
+        ids = None if self.pending_ids is None else _compact(wait(self.pending_ids), self.layout)
         return text, ids
 
 
@@ -130,12 +130,12 @@ def exchange_layout(
 
 def all_reduce(x: Tensor, op: str, group: object) -> Tensor:
     """Reduction of equal tensors over the group, `op` "sum" or "max"."""
-    return _wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), op, group.group_name))
+    return wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), op, group.group_name))
 
 
 def all_gather(x: Tensor, layout: Layout, group: object) -> Tensor:
     """Rows of all ranks, in rank order."""
-    return _compact(_wait(_start_gather(x, layout, group)), layout)
+    return _compact(wait(_start_gather(x, layout, group)), layout)
 
 
 def reduce_scatter(x: Tensor, layout: Layout, group_name: str) -> Tensor:
@@ -145,9 +145,28 @@ def reduce_scatter(x: Tensor, layout: Layout, group_name: str) -> Tensor:
     parts = x.split(list(layout.counts))
     most = max(layout.counts)
     if min(layout.counts) != most:
-        x = torch.cat([torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[0])) for part in parts])
+        x = torch.cat([pad_rows(part, most) for part in parts])
     mine = torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", layout.world_size, group_name)
-    return _wait(mine)[: layout.counts[layout.rank]]
+    return wait(mine)[: layout.counts[layout.rank]]
+
+
+def pad_rows(x: Tensor, rows: int) -> Tensor:
+    """The tensor with zero rows behind it."""
+    short = rows - x.shape[0]
+    return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1) + (0, short)) if short else x
+
+
+def rotate(x: Tensor, layout: Layout, group_name: str) -> Tensor:
+    """Start passing equal tensors round the ring, to the rank before; `wait` gives that of the rank behind."""
+    W, rank = layout.world_size, layout.rank
+    send, receive = [0] * W, [0] * W
+    send[(rank - 1) % W] = receive[(rank + 1) % W] = x.shape[0]
+    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), receive, send, group_name)
+
+
+def wait(x: Tensor) -> Tensor:
+    """The result of a collective that was started."""
+    return torch.ops._c10d_functional.wait_tensor(x)
 
 
 class GatherRows(torch.autograd.Function):
@@ -164,20 +183,14 @@ class GatherRows(torch.autograd.Function):
 
 
 def _gather(x: Tensor, world_size: int, group: object) -> Tensor:
-    return _wait(torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), world_size, group.group_name))
+    return wait(torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), world_size, group.group_name))
 
 
 def _start_gather(x: Tensor, layout: Layout, group: object) -> Tensor:
-    short = max(layout.counts) - x.shape[0]
-    if short:
-        x = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1) + (0, short))
+    x = pad_rows(x, max(layout.counts))
     if layout.world_size == 1:
         return x
     return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), layout.world_size, group.group_name)
-
-
-def _wait(x: Tensor) -> Tensor:
-    return torch.ops._c10d_functional.wait_tensor(x)
 
 
 def _compact(x: Tensor, layout: Layout) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels import dispatch, groups, itc_ops, reference
+from kernels import dispatch, groups, itc_ops, itc_ring, reference
 
 _NAME = "fused_itc_loss"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,8 +70,11 @@ def fused_itc_loss(
         chosen = "reference"
     if chosen == "reference":
         return _plain(image, text, logit_scale, ids, label_smoothing, layout, group)
+    dispatch.require(not (handle and schedule == "ring"), _NAME, "a ring does not take gathered texts", schedule)
     gathered = handle.wait() if handle else None
-    return _fused(image, text, logit_scale, ids, label_smoothing, layout, group, gathered, scratch_bytes or 0, chosen)
+    ring = schedule == "ring" and layout.world_size > 1
+    settings = groups.product_dtype(image), scratch_bytes or 0, chosen
+    return _fused(image, text, logit_scale, ids, label_smoothing, layout, group, ring, gathered, settings)
 
 
 def _plain(
@@ -101,44 +104,34 @@ def _fused(
     smoothing: float,
     layout: groups.Layout,
     group: object,
+    ring: bool,
     gathered: tuple[Tensor, Tensor | None] | None,
-    scratch_bytes: int,
-    impl: str,
+    settings: tuple[torch.dtype, int, str],
 ) -> Tensor:
     """One rank's rows against all texts."""
-    settings = groups.product_dtype(image), scratch_bytes, impl
+    alone = layout.world_size == 1
+    group_name = "" if alone else group.group_name
     with torch.no_grad():
-        text_here = text.detach()
+        here = image.detach(), text.detach(), logit_scale.detach()
         if gathered is None:
-            gathered = text_here, ids
-            if layout.world_size > 1:
-                all_ids = None if ids is None else groups.all_gather(ids, layout, group)
-                gathered = groups.all_gather(groups.under_autocast(text_here), layout, group), all_ids
+            all_ids = ids if ids is None or alone else groups.all_gather(ids, layout, group)
+            all_text = here[1] if alone else groups.under_autocast(here[1])
+            gathered = all_text if alone or ring else groups.all_gather(all_text, layout, group), all_ids
         all_text, all_ids = gathered
         targets = ids, all_ids, *_weights(ids, all_ids, smoothing, layout, image.device)
-        value, stats = _forward(
-            image.detach(), text_here, logit_scale.detach(), all_text, targets, layout, group, settings
-        )
-    group_name = group.group_name if layout.world_size > 1 else ""
-    return itc_ops.attach(
-        value,
-        image,
-        text,
-        logit_scale,
-        all_text,
-        *stats,
-        *targets,
-        list(layout.counts),
-        layout.rank,
-        group_name,
-        *settings,
-    )
+        place = (layout, group_name) if ring else (layout.offset,)
+        value, stats = _forward(*here, all_text, targets, layout, group, place, settings)
+    distribution = list(layout.counts), layout.rank, group_name, ring
+    return itc_ops.attach(value, image, text, logit_scale, all_text, *stats, *targets, *distribution, *settings)
 
 
-def _forward(image, text, logit_scale, all_text, targets, layout, group, settings) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _forward(
+    image: Tensor, text: Tensor, logit_scale: Tensor, all_text: Tensor, targets, layout, group, place, settings
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss and the statistics that backward needs: row and column (shift, 1/Z), diagonal of G, safety."""
-    product, scratch_bytes, impl = settings
-    ids, all_ids, weight, smoothing = targets
+    product, _, impl = settings
+    weight, smoothing = targets[2:]
+    sweeps = itc_ops if len(place) == 1 else itc_ring
     B, rows, alone = layout.total, layout.rows, layout.world_size == 1
     L, norms = itc_ops.prologue(image, text, logit_scale, product, impl)
     if not alone:
@@ -147,20 +140,7 @@ def _forward(image, text, logit_scale, all_text, targets, layout, group, setting
     # No sum exceeds 2^125: L_ij <= s log2(e) max|I| max|T|
     bound = logit_scale.reshape(()).float() / LN2 * norms[0] * norms[1] * BOUND_SLACK
     shift = (bound - (EXPONENT_MAX - spread)).clamp_min(0.0)
-    row, column = itc_ops.sums(
-        image,
-        all_text,
-        logit_scale,
-        shift,
-        ids,
-        all_ids,
-        weight,
-        smoothing,
-        layout.offset,
-        product,
-        scratch_bytes,
-        impl,
-    )
+    row, column = sweeps.sums(image, all_text, logit_scale, shift, *targets, *place, *settings)
     smallest = 2.0 ** (EXPONENT_MIN + spread)
     safe = (row[0] >= smallest).all()
     all_L = L
@@ -168,9 +148,7 @@ def _forward(image, text, logit_scale, all_text, targets, layout, group, setting
         column, all_L, safe = _share_sums(column, L, safe, rows, group)
     safe = safe & (column[0] >= smallest).all() & bound.isfinite()
 
-    high_row, high_column = itc_ops.online(
-        image, all_text, logit_scale, safe, layout.offset, product, scratch_bytes, impl
-    )
+    high_row, high_column = sweeps.online(image, all_text, logit_scale, safe, *place, *settings)
     if not alone and not _known_safe(safe):
         high_column = _share_maxima(high_column, group)
     row_m, row_O = torch.where(safe, shift, high_row[0]), torch.where(safe, row[0], high_row[1])

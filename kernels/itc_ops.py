@@ -7,7 +7,7 @@ scale.
 import torch
 from torch import Tensor
 
-from kernels import groups
+from kernels import groups, itc_ring
 
 _NAMESPACE = "sycoca_kernels"
 
@@ -152,6 +152,7 @@ def attach(
     counts: list[int],
     rank: int,
     group_name: str,
+    ring: bool,
     product: torch.dtype,
     scratch_bytes: int,
     impl: str,
@@ -168,32 +169,25 @@ def _context(ctx, inputs, output):
     _, image, text, logit_scale, *saved = inputs[:12]
     ctx.save_for_backward(image, logit_scale, *saved)
     ctx.text_dtype = text.dtype
-    ctx.smoothing, ctx.counts, ctx.rank, ctx.group_name, *ctx.settings = inputs[12:]
+    ctx.smoothing, ctx.counts, ctx.rank, ctx.group_name, ctx.ring, *ctx.settings = inputs[12:]
 
 
 def _autograd(ctx, dloss):
     image, logit_scale, all_text, *stats = ctx.saved_tensors
-    need_image, need_text, need_scale = ctx.needs_input_grad[1:4]
+    needs = ctx.needs_input_grad[1:4]
     layout = groups.Layout(tuple(ctx.counts), ctx.rank)
     # dI = W s / (2 B) G T
     factor = dloss * (layout.world_size / (2 * layout.total))
-    dimage, dtext, dscale = grads(
-        factor,
-        image,
-        all_text,
-        logit_scale,
-        *stats,
-        ctx.smoothing,
-        layout.offset,
-        need_image,
-        need_text,
-        need_scale,
-        *ctx.settings,
-    )
-    dimage = dimage.to(image.dtype) if need_image else None
-    dtext = groups.reduce_scatter(dtext, layout, ctx.group_name).to(ctx.text_dtype) if need_text else None
-    dscale = dscale.reshape(logit_scale.shape).to(logit_scale.dtype) if need_scale else None
-    return None, dimage, dtext, dscale, *[None] * 15
+    arguments = factor, image, all_text, logit_scale, *stats, ctx.smoothing
+    if ctx.ring:
+        dimage, dtext, dscale = itc_ring.grads(*arguments, layout, ctx.group_name, *needs, *ctx.settings)
+    else:
+        dimage, dtext, dscale = grads(*arguments, layout.offset, *needs, *ctx.settings)
+        dtext = groups.reduce_scatter(dtext, layout, ctx.group_name) if needs[1] else dtext
+    dimage = dimage.to(image.dtype) if needs[0] else None
+    dtext = dtext.to(ctx.text_dtype) if needs[1] else None
+    dscale = dscale.reshape(logit_scale.shape).to(logit_scale.dtype) if needs[2] else None
+    return None, dimage, dtext, dscale, *[None] * 16
 
 
 attach.register_autograd(_autograd, setup_context=_context)
