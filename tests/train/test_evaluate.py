@@ -109,12 +109,12 @@ def test_right_features_find_every_pair():
     assert set(figures["image_to_text"].values()) | set(figures["text_to_image"].values()) == {1.0}
 
 
-@pytest.mark.parametrize("width", [17, 768])
-def test_features_all_alike_find_nothing(width):
+@pytest.mark.parametrize("seed", range(6))
+def test_features_all_alike_find_nothing(seed):
     """Ties count, though the sums of a wide product round differently from those of its diagonal."""
-    torch.manual_seed(5)
-    image, text = torch.randn(2, width)
-    figures = evaluation.retrieval(image.expand(300, -1), text.expand(300, -1), torch.arange(300))
+    torch.manual_seed(seed)
+    image, text = torch.nn.functional.normalize(torch.randn(2, 768))
+    figures = evaluation.retrieval(image.expand(60, -1), text.expand(60, -1), torch.arange(60))
     assert set(figures["image_to_text"].values()) | set(figures["text_to_image"].values()) == {0.0}
 
 
