@@ -16,10 +16,10 @@ from kernels import tuning
 OPERATORS: dict[str, tuple[str, ...]] = {
     "fused_itc_loss": ("reference", "cpu", "triton"),
     "fused_siglip_loss": ("reference", "cpu", "triton"),
-    "attentive_select": ("reference", "cpu"),
-    "gather_patches": ("reference", "cpu"),
-    "scatter_patches": ("reference", "cpu"),
-    "masked_patch_loss": ("reference", "cpu"),
+    "attentive_select": ("reference", "cpu", "triton"),
+    "gather_patches": ("reference", "cpu", "triton"),
+    "scatter_patches": ("reference", "cpu", "triton"),
+    "masked_patch_loss": ("reference", "cpu", "triton"),
 }
 
 

@@ -41,3 +41,52 @@ def preferred(operator: str, device: torch.device, runnable: tuple[str, ...], *,
     if threshold is not None and threshold.impl in runnable and size >= threshold.size:
         return threshold.impl
     return "reference"
+
+
+class SelectTile(NamedTuple):
+    """Tile of `attentive_select`: patches x tokens x width of a product, and places x others of a count of ranks."""
+
+    block_p: int
+    block_t: int
+    block_d: int
+    places: int
+    block_rank: int
+    warps: int
+    stages: int
+    row: str
+
+
+class RowsTile(NamedTuple):
+    """Tile of an operator that moves rows: rows x values, and entries of an index list that are compared at once."""
+
+    block_rows: int
+    block_d: int
+    block_index: int
+    warps: int
+    row: str
+
+
+def select_tile(P: int, T: int, D: int, itemsize: int) -> SelectTile:
+    """Tile of `attentive_select`; two programs of the largest one share a multiprocessor."""
+    places = _power_of_2(P)
+    largest = (128, 128, 64) if itemsize == 2 else (64, 32, 32)
+    p, t, d = (min(max(16, _power_of_2(size)), limit) for size, limit in zip((P, T, D), largest))
+    wide = p * t == 128 * 128
+    return SelectTile(p, t, d, places, max(4, min(32, 8192 // places)), 8 if wide else 4, 3, UNMEASURED)
+
+
+def rows_tile(D: int) -> RowsTile:
+    """Tile of `gather_patches` and `scatter_patches`."""
+    block_d = min(256, _power_of_2(D))
+    return RowsTile(min(64, 4096 // block_d), block_d, 64, 4, UNMEASURED)
+
+
+def patch_loss_tile(values: int) -> RowsTile:
+    """Tile of `masked_patch_loss`; a patch is never split."""
+    block_d = _power_of_2(values)
+    return RowsTile(max(1, min(64, 4096 // block_d)), block_d, 0, max(4, block_d // 1024), UNMEASURED)
+
+
+def _power_of_2(size: int) -> int:
+    """The least power of 2 that is at least `size`."""
+    return 1 << max(0, size - 1).bit_length()
