@@ -3,15 +3,20 @@
 from kernels.dispatch import implementations
 from kernels.groups import GatheredTexts, gather_texts
 from kernels.itc import fused_itc_loss
+from kernels.itc_module import FusedClipLoss
 from kernels.patch_loss import masked_patch_loss
 from kernels.patches import gather_patches, scatter_patches
 from kernels.select import PatchSelection, attentive_select
+from kernels.siglip import FusedSigLipLoss, fused_siglip_loss
 
 __all__ = [
+    "FusedClipLoss",
+    "FusedSigLipLoss",
     "GatheredTexts",
     "PatchSelection",
     "attentive_select",
     "fused_itc_loss",
+    "fused_siglip_loss",
     "gather_patches",
     "gather_texts",
     "implementations",

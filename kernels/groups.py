@@ -128,6 +128,11 @@ def exchange_layout(
     return Layout(tuple(_gather(mine, world_size, group).tolist()), rank)
 
 
+def default_group(world_size: int) -> object:
+    """The default process group where there is more than one rank."""
+    return dist.group.WORLD if world_size > 1 else None
+
+
 def all_reduce(x: Tensor, op: str, group: object) -> Tensor:
     """Reduction of equal tensors over the group, `op` "sum" or "max"."""
     return wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), op, group.group_name))

@@ -1,0 +1,32 @@
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import kernels
+from tests.kernels.contrastive import correlated, error
+from tests.ranks import run_ranks
+
+
+def test_takes_open_clips_arguments():
+    image, text = correlated(20, 8, 0.4, 0.1)
+    module = kernels.FusedClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1)
+    logits, labels = 10.0 * image @ text.T, torch.arange(20)
+    expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    arguments = {"image_features": image, "text_features": text, "logit_scale": torch.tensor(10.0)}
+    value = module(**arguments, logit_bias=torch.tensor(-3.0), output_dict=True)
+    assert error(value["contrastive_loss"], expected) <= 1e-6
+    assert torch.equal(module(**arguments), value["contrastive_loss"])
+
+
+def on_rank(rank, world_size, image, text):
+    module = kernels.FusedClipLoss(rank=rank, world_size=world_size)
+    assert module.group is dist.group.WORLD
+    return module(image[rank::2], text[rank::2], torch.tensor(10.0))
+
+
+@pytest.mark.usefixtures("warm_operators")
+def test_world_size_takes_the_default_group():
+    image, text = correlated(20, 8, 0.4, 0.1)
+    losses = run_ranks(on_rank, 2, image, text)
+    assert error(sum(losses) / 2, kernels.fused_itc_loss(image, text, 10.0)) <= 1e-6
