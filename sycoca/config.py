@@ -367,11 +367,11 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
     ),
 }
 
-# Parameters of each preset, and of it without the image decoder and score heads: CoCa.
+# Parameters of each preset, and of it without image decoder and score heads.
 PRESET_PARAMETERS: dict[str, tuple[int, int]] = {
     "tiny": (2979650, 2383489),
     "small": (17511170, 15089665),
     "base_16": (271532034, 253739265),
-    "coca_base": (479686093, 440335873),
+    "coca_base": (479686093, 440336641),
     "large_14": (679782222, 640414465),
 }

@@ -29,11 +29,7 @@ def token_loss(x: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float
     Returns:
         () fp32 (fp64 for fp64 states).
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    else:
-        x = x.to(weight.dtype)
-    return _TokenLoss.apply(x, weight, labels, label_smoothing)
+    return _TokenLoss.apply(x.to(_product_dtype(weight)), weight, labels, label_smoothing)
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -115,19 +111,50 @@ def local_loss(patches: Tensor, words: Tensor, valid: Tensor, scale: Tensor, gro
 
 
 def _group_loss(v: Tensor, w: Tensor, valid: Tensor, scale: Tensor) -> Tensor:
-    G, T = valid.shape
-    P = v.shape[1]
-    similarity = (v.flatten(0, 1) @ w.flatten(0, 1).T).float().view(G, P, G, T)
-    # Cosines reach -1, so a token that is not valid never wins a maximum.
-    similarity = similarity.masked_fill(~valid, -2.0)
-    image = similarity.amax(3).mean(1)
-    tokens = valid.sum(1)
-    text = (similarity.amax(1) * valid).sum(2) / tokens.clamp(min=1)
-    present = tokens > 0
+    dtype = _product_dtype(v)
+    image, text = _TokenwiseSimilarity.apply(v.to(dtype), w.to(dtype), valid)
+    present = valid.any(1)
     image, text = ((scale * s).masked_fill(~present, -1e4) for s in (image, text.T))
-    target = torch.arange(G, device=v.device)
+    target = torch.arange(v.shape[0], device=v.device)
     pair = F.cross_entropy(image, target, reduction="none") + F.cross_entropy(text, target, reduction="none")
     return torch.where(present, pair, 0.0).sum() / 2
+
+
+class _TokenwiseSimilarity(torch.autograd.Function):
+    """s and r of a group, each (G, G), image by caption; only the winners of the maxima are kept for backward."""
+
+    @staticmethod
+    def forward(ctx, v: Tensor, w: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        G, P, _ = v.shape
+        T = w.shape[1]
+        # One more dimension puts invalid tokens below every cosine inside the product.
+        v1 = F.pad(v, (0, 1), value=1.0)
+        w1 = torch.cat([w, (valid.to(w.dtype) - 1)[:, :, None] * 3], dim=2)
+        with torch.autocast(v.device.type, enabled=False):
+            cosines = (v1.flatten(0, 1) @ w1.flatten(0, 1).T).view(G, P, G, T)
+        best, token = cosines.max(3)
+        top, patch = cosines.max(1)
+        tokens = valid.sum(1).clamp(min=1)
+        ctx.save_for_backward(v, w, valid, tokens, token, patch)
+        return best.float().mean(1), (top.float() * valid).sum(2) / tokens
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, ds: Tensor, dr: Tensor) -> tuple[Tensor, Tensor, None]:
+        v, w, valid, tokens, token, patch = ctx.saved_tensors
+        G, P, _ = v.shape
+        dcosines = v.new_zeros(G, P, G, w.shape[1])
+        share = (ds / P).to(v.dtype)[:, None, :, None].expand(G, P, G, 1)
+        dcosines.scatter_(3, token[:, :, :, None], share)
+        share = ((dr / tokens)[:, :, None] * valid).to(v.dtype)
+        dcosines.scatter_add_(1, patch[:, None], share[:, None])
+        dcosines = dcosines.view(v.shape[0] * P, -1)
+        return (dcosines @ w.flatten(0, 1)).view_as(v), (dcosines.T @ v.flatten(0, 1)).view_as(w), None
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def global_counts(counts: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:

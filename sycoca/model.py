@@ -137,6 +137,7 @@ class SyCoCa(nn.Module):
             group: process group over which the batch is spread, or None for this process alone.
         """
         config, weight = self.config, self.config.loss
+        masks_captioning = plan.mask_captioning and config.num_dropped > 0
         text = self.encode_text(batch.tokens)
         counts = torch.stack([text.valid[:, 1:].sum(), text.scored.any(1).sum()])
         counts, world_size = global_counts(counts, group)
@@ -150,7 +151,7 @@ class SyCoCa(nn.Module):
         operands = self.local(image.patches, text.words) if self.local is not None else None
         selection, mask_overlap = self._selection(batch.seeds, plan, image, text, operands)
         if self.caption_decoder is not None:
-            patches = gather_patches(image.patches, selection.kept) if plan.mask_captioning else image.patches
+            patches = gather_patches(image.patches, selection.kept) if masks_captioning else image.patches
             caption = self._caption_loss(patches, text, batch.tokens) / tokens
             total = total + weight.caption_weight * caption
         if self.image_decoder is not None:
@@ -193,7 +194,7 @@ class SyCoCa(nn.Module):
         return self.caption_decoder(self.text.words(tokens), image.patches)
 
     def reconstruct(self, images: Tensor, text: TextFeatures, selection: PatchSelection) -> Tensor:
-        """Pixels (B, K, p * p * 3) of the masked patches, normalised as the images, from the visible ones and the caption.
+        """Pixels (B, K, p * p * 3) of the masked patches, normalised as the images, from the rest and the caption.
 
         Pixels of a patch are ordered row, column, channel. With `mse_normalised` they are in units of each patch.
         """
@@ -240,9 +241,9 @@ class SyCoCa(nn.Module):
     ) -> tuple[PatchSelection | None, Tensor]:
         """The selection of a step, if any, and its overlap with that of the neighbour's caption."""
         config = self.config
-        if not plan.attentive:
-            everywhere = torch.ones((), device=seeds.device)
-            return (select_at_random(seeds, config) if config.num_masked else None), everywhere
+        if not (plan.attentive and config.selects):
+            no_matter = torch.ones((), device=seeds.device)
+            return (select_at_random(seeds, config) if config.num_masked else None), no_matter
         patches, tokens, scored = self._score_operands(image, text, local)
         chosen = select_by_score(patches, tokens, scored, config)
         other = select_by_score(patches, tokens.roll(1, 0), scored.roll(1, 0), config)
