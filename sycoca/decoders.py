@@ -5,7 +5,16 @@ from torch import Tensor, nn
 
 from kernels import gather_patches, scatter_patches
 from sycoca.config import ModelConfig
-from sycoca.layers import MLP, Block, CrossAttention, CrossBlock, SelfAttention, init_blocks, run_block
+from sycoca.layers import (
+    MLP,
+    Block,
+    CrossAttention,
+    CrossBlock,
+    SelfAttention,
+    init_blocks,
+    position_table,
+    run_block,
+)
 from sycoca.losses import token_loss
 
 
@@ -78,7 +87,7 @@ class ImageDecoder(nn.Module):
         self.recompute = config.gradient_checkpointing
         self.num_patches = vision.num_patches
         self.embed = nn.Linear(vision.width, decoder.width)
-        self.pos = nn.Parameter(torch.empty(vision.num_patches, decoder.width))
+        self.pos = nn.Parameter(position_table(vision.grid, decoder.width))
         dropped = config.masking.masked_input == "drop"
         self.mask_token = nn.Parameter(torch.empty(decoder.width)) if dropped else None
         self.layers = nn.ModuleList(
@@ -87,7 +96,6 @@ class ImageDecoder(nn.Module):
         )
         self.norm = nn.LayerNorm(decoder.width)
         self.pixels = nn.Linear(decoder.width, vision.patch_values)
-        nn.init.normal_(self.pos, std=decoder.width**-0.5)
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
         for linear, std in ((self.embed, vision.width**-0.5), (self.pixels, 0.02)):

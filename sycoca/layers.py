@@ -137,6 +137,17 @@ class LogitScale(nn.Module):
         return self.log_scale.float().exp()
 
 
+def position_table(grid: tuple[int, int], width: int) -> Tensor:
+    """Initial positions (P, width) of a patch grid: sines and cosines of row and column (MAE's, halved).
+
+    Neighbours begin alike, which a short run would else spend its first half learning.
+    """
+    rates = 10_000.0 ** -(torch.arange(-(-width // 4)) / (width / 4))
+    rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * rates for axis in (rows, cols)]
+    return 0.5 * torch.cat([wave(a) for a in angles for wave in (torch.sin, torch.cos)], dim=1)[:, :width]
+
+
 def run_block(block: nn.Module, *args: Tensor | None, recompute: bool) -> Tensor:
     """Output of a block, its activations kept for backward or computed again there."""
     if recompute and torch.is_grad_enabled():

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels import gather_patches, scatter_patches
-from sycoca.config import ModelConfig
-from sycoca.layers import Block, init_blocks, run_block
+from sycoca.config import ModelConfig, VisionConfig
+from sycoca.layers import Block, init_blocks, position_table, run_block
 
 
 class EncodedImage(NamedTuple):
@@ -46,14 +46,15 @@ class PatchEmbedding(nn.Module):
 class PatchSequence(nn.Module):
     """[CLS] and positions around the patches; (B, P, D) to (B, 1 + N, D)."""
 
-    def __init__(self, width: int, num_patches: int, masked_input: str | None) -> None:
+    def __init__(self, vision: VisionConfig, masked_input: str | None) -> None:
         super().__init__()
-        self.num_patches = num_patches
+        self.num_patches, width = vision.num_patches, vision.width
         self.cls = nn.Parameter(torch.empty(width))
-        self.pos = nn.Parameter(torch.empty(num_patches, width))
+        self.pos = nn.Parameter(position_table(vision.grid, width))
         self.mask_token = nn.Parameter(torch.empty(width)) if masked_input == "token" else None
-        for p in self.parameters():
-            nn.init.normal_(p, std=width**-0.5)
+        for p in (self.cls, self.mask_token):
+            if p is not None:
+                nn.init.normal_(p, std=width**-0.5)
 
     def forward(self, embedded: Tensor, visible: Tensor | None = None) -> Tensor:
         x = embedded.to(self.pos.dtype)
@@ -75,7 +76,7 @@ class VisionTransformer(nn.Module):
         self.wants_values = config.selects and config.masking.score_space == "value"
         self.embed = PatchEmbedding(vision.patch_size, vision.width)
         masked_input = config.masking.masked_input if config.num_masked else None
-        self.sequence = PatchSequence(vision.width, vision.num_patches, masked_input)
+        self.sequence = PatchSequence(vision, masked_input)
         self.ln_pre = nn.LayerNorm(vision.width)
         self.blocks = nn.ModuleList(Block(vision.width, vision.heads, vision.mlp_ratio) for _ in range(vision.depth))
         self.ln_post = nn.LayerNorm(vision.width)

@@ -43,14 +43,17 @@ class ScheduleConfig(Section):
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """`train` and `val` are sources as `open_dataset` takes them; without `val` the training source's own val part."""
+    """`train` and `val` are sources as `open_dataset` takes them; without `val` the training source's own val part.
+
+    `crop_scale` is the range of a random crop's share of the area; None crops the centre.
+    """
 
     train: str = "scenes"
     val: str | None = None
     val_pairs: int = 256
     workers: int = 4
     tokenizer: str = "clip"
-    crop_scale: tuple[float, float] = (0.9, 1.0)
+    crop_scale: tuple[float, float] | None = (0.9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ PRESETS: dict[str, RunConfig] = {
         model=MODEL_PRESETS["tiny"],
         optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_steps=40),
-        data=DataConfig(workers=1, tokenizer="bpe"),
+        data=DataConfig(workers=1, tokenizer="bpe", crop_scale=None),
         train=TrainConfig(steps=400, micro_batch=64, save_every=200, keep_last=2, precision="fp32"),
     ),
     "small": RunConfig(

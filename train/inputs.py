@@ -51,7 +51,9 @@ class Inputs(NamedTuple):
         # Skips found while training belong beside those found while opening.
         loader.skipped = self.train.skipped
         for loaded in loader:
-            yield Batch(*(part.to(device, non_blocking=True) for part in loaded[:3]), ids=None)
+            batch = Batch(*(part.to(device, non_blocking=True) for part in loaded[:4]))
+            # Only a stand-in for an unreadable image can bring the same sample twice, and scenes have none.
+            yield batch._replace(ids=None) if self.train.fresh else batch
 
 
 def open_inputs(launch: Launch, *, rank: int, world: int) -> Inputs:

@@ -3,6 +3,7 @@
 deepspeed train/pretrain.py --config ds_zero2.json
 """
 
+import itertools
 import os
 import sys
 import time
@@ -26,9 +27,9 @@ def pretrain(launch: Launch) -> None:
     deepspeed = import_deepspeed()
     import torch
     import torch.distributed as dist
+
     from sycoca.masking import step_plan
     from sycoca.model import SyCoCa, parameter_groups
-
     from train.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
     from train.inputs import open_inputs
     from train.metrics import RunLog, Timing
@@ -81,11 +82,12 @@ def start_line(launch: Launch, model, inputs, world: int, first_step: int) -> st
     config = launch.config
     count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     stage = launch.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    begin = f"resuming at step {first_step}" if launch.resume else "starting"
+    train, data = config.train, config.data
     lines = [
-        f"{begin}: {config.preset}, {count / 1e6:.1f} M parameters, ZeRO {stage}, {world} rank(s), {config.train.precision}, "
-        f"batch {config.train.micro_batch} x {config.train.accumulation} x {world}, {inputs.total_steps} steps",
-        f"data: {config.data.train}, {len(inputs.train)} samples; held out: {len(inputs.val)}; run folder: {launch.run_dir}",
+        f"{'resuming at step ' + str(first_step) if launch.resume else 'starting'}: {config.preset}, "
+        f"{count / 1e6:.1f} M parameters, ZeRO {stage}, {world} rank(s), {train.precision}, "
+        f"batch {train.micro_batch} x {train.accumulation} x {world}, {inputs.total_steps} steps",
+        f"data: {data.train}, {len(inputs.train)} samples, {len(inputs.val)} held out; run folder: {launch.run_dir}",
         *launch.notes,
         *filter(None, [inputs.train.skipped.line()]),
     ]
@@ -99,11 +101,13 @@ def evaluate_at_end(engine, launch: Launch, inputs, device, group) -> None:
     import deepspeed
     import torch.distributed as dist
 
+    from sycoca.visualize import save_overview
+    from train.data import readable
     from train.evaluate import evaluate, summary_lines
-    from train.inputs import save_picture
 
     model = engine.module
     model.eval()
+    image_size = launch.config.model.vision.image_size
     with deepspeed.zero.GatheredParameters(
         list(model.parameters()), enabled=engine.zero_optimization_partition_weights()
     ):
@@ -111,7 +115,7 @@ def evaluate_at_end(engine, launch: Launch, inputs, device, group) -> None:
             model,
             inputs.tokenizer,
             inputs.val,
-            image_size=launch.config.model.vision.image_size,
+            image_size=image_size,
             pairs=launch.config.data.val_pairs,
             device=device,
             group=group,
@@ -119,7 +123,9 @@ def evaluate_at_end(engine, launch: Launch, inputs, device, group) -> None:
         if dist.get_rank() == 0:
             (launch.run_dir / "eval.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
             print("\n".join(summary_lines(figures)), flush=True)
-            save_picture(launch.run_dir / "overview.png", model, inputs, device)
+            shown = [sample for _, sample in itertools.islice(readable(inputs.val), 6)]
+            picture = launch.run_dir / "overview.png"
+            save_overview(picture, model, inputs.tokenizer, shown, image_size=image_size, device=device)
             print(
                 f"left in {launch.run_dir}: eval.json, overview.png, metrics.jsonl, tensorboard/, checkpoints/",
                 flush=True,

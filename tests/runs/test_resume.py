@@ -24,7 +24,11 @@ def final_weights(run_dir):
 
 @pytest.mark.parametrize(
     ("launcher", "stage", "source"),
-    [("python", 1, "scenes?count=20"), ("python", 3, "scenes"), ("deepspeed --num_gpus 2", 2, "scenes?count=40&fresh=false")],
+    [
+        ("python", 1, "scenes?count=20"),
+        ("python", 3, "scenes"),
+        ("deepspeed --num_gpus 2", 2, "scenes?count=40&fresh=false"),
+    ],
 )
 def test_resumed_losses_are_those_of_the_uninterrupted_run(command, tmp_path, launcher, stage, source):
     import torch

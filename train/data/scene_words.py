@@ -9,16 +9,6 @@ from typing import NamedTuple
 
 from train.data.sample import Question
 
-SHAPE_WORDS = {
-    "circle": ("circle", "disc"),
-    "square": ("square", "box"),
-    "triangle": ("triangle",),
-    "star": ("star",),
-    "heart": ("heart",),
-    "ring": ("ring", "hoop"),
-    "cross": ("cross", "plus"),
-    "diamond": ("diamond", "rhombus"),
-}
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 RELATION_WORDS = {
     "left": ("left of", "to the left of"),
@@ -112,7 +102,7 @@ def _with_article(words: str) -> str:
 
 
 def _phrase(thing: Thing, sized: bool, draws) -> str:
-    words = f"{thing.color} {_one(SHAPE_WORDS[thing.shape], next(draws))}"
+    words = f"{thing.color} {thing.shape}"
     if sized:
         words = f"{_one(SIZE_WORDS[thing.size], next(draws))} {words}"
     return _with_article(words)

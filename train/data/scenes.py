@@ -120,7 +120,7 @@ def make_scene(seed: int, index: int) -> Scene:
     background = BACKGROUNDS[int(ground[0] * len(BACKGROUNDS))]
     level = 105 + 60 * ground[1]
     base = tuple(level + (value - 0.5) * 44 for value in ground[2:5])
-    strength = (14 + 12 * ground[5]) * (1 if ground[6] < 0.5 else -1)
+    strength = (8 + 10 * ground[5]) * (1 if ground[6] < 0.5 else -1)
     tint = tuple(strength * (0.6 + 0.8 * value) for value in ground[7:10])
     return Scene(tuple(things), tuple(figures), described, background, base, tint, ground[10:])
 

@@ -235,7 +235,7 @@ def test_a_sample_is_a_function_of_seed_and_index():
 def test_a_scene_stays_the_same_for_all_time():
     # Recorded results speak of these scenes.
     assert open_dataset("scenes", "val", seed=0)[0].captions[0] == (
-        "a little red square at the bottom is left of a little orange heart"
+        "a small red square at the bottom is to the left of a little orange heart"
     )
     scene = make_scene(0, 0)
     assert [(t.size, t.color, t.shape) for t in scene.things] == [

@@ -1,0 +1,62 @@
+"""Every command of the README is executed: as it stands, or with the options named here that make it short."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = (
+    " train.steps=2 micro_batch=4 val_pairs=4 warmup_steps=1 data.workers=0 model.vision.depth=1 model.text.depth=1 "
+    "model.caption_decoder.depth=1 model.image_decoder.depth=1"
+)
+# Command -> what is added to it; None: shown by the test or the job that is named beside it.
+COMMANDS = {
+    "make train": None,  # the set-up of continuous integration, then tests/runs/test_main_job.py
+    "make test": None,  # continuous integration itself
+    "deepspeed train/pretrain.py --config ds_zero2.json": None,  # tests/runs/test_main_job.py
+    "deepspeed train/pretrain.py --config ds_zero2.json --preset small --data captions.tsv": SHORT,
+    "deepspeed train/pretrain.py --config ds_zero2.json --print-config": "",
+    "deepspeed train/pretrain.py --config ds_zero3.json train.steps=20 model.vision.depth=2": SHORT.replace(
+        "train.steps=2", ""
+    ),
+    "deepspeed --num_gpus 2 train/pretrain.py --config ds_zero1.json train.steps=20": SHORT.replace(
+        "train.steps=2", ""
+    ),
+    "deepspeed train/pretrain.py --config ds_zero2.json --resume": " train.steps=4",
+    "pytest bench/ --benchmark-only": None,  # tests/runs/test_bench.py
+    'pip install "sycoca[openclip]"': None,  # the extra of setup.py; tests/test_packaging.py
+}
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_every_command_of_the_readme_is_accounted_for():
+    assert set(readme_commands()) <= COMMANDS.keys()
+
+
+@pytest.fixture(scope="module")
+def captions(checkout):
+    """A small table of captions and images beside the README, as a reader would have."""
+    import numpy as np
+    from PIL import Image
+
+    (checkout / "images").mkdir(exist_ok=True)
+    rows = ["image\tcaption\tsplit"]
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 255, (150, 140, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(checkout / "images" / f"{number}.jpg")
+        split = "val" if number >= 8 else "train"
+        rows += [f"{number}.jpg\ta picture, number {number}, seen {times} times\t{split}" for times in range(2)]
+    (checkout / "captions.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("line", [line for line in readme_commands() if COMMANDS[line] is not None])
+def test_command_of_the_readme_runs(line, command, captions):
+    done = command(line + COMMANDS[line])
+    assert done.code == 0, done.out[-1500:] + done.err[-3000:]
