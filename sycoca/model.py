@@ -6,6 +6,7 @@ Without masks it is CoCa. Losses are shares of the global batch of a process gro
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import PatchSelection, fused_itc_loss, gather_patches, masked_patch_loss
+from kernels import (
+    GatheredTexts,
+    PatchSelection,
+    fused_itc_loss,
+    gather_patches,
+    gather_texts,
+    masked_patch_loss,
+)
 from sycoca.config import ModelConfig
 from sycoca.decoders import CaptionDecoder, ImageDecoder, VocabularyHead
 from sycoca.layers import LogitScale
@@ -128,13 +136,20 @@ class SyCoCa(nn.Module):
         self.image_decoder = ImageDecoder(config) if config.num_masked else None
         self.local = LocalHeads(config) if config.local_weight > 0 else None
 
-    def forward(self, batch: Batch, plan: StepPlan, group: dist.ProcessGroup | None = None) -> Losses:
+    def forward(
+        self,
+        batch: Batch,
+        plan: StepPlan,
+        group: dist.ProcessGroup | None = None,
+        shares: Sequence[int] | None = None,
+    ) -> Losses:
         """Losses of this rank's share of a global batch.
 
         Args:
             batch: tensors on one device.
             plan: from `step_plan`, equal on all ranks.
             group: process group over which the batch is spread, or None for this process alone.
+            shares: pairs of every rank of the group, where known; otherwise the host waits for the ranks to tell.
         """
         config, weight = self.config, self.config.loss
         masks_captioning = plan.mask_captioning and config.num_dropped > 0
@@ -142,11 +157,15 @@ class SyCoCa(nn.Module):
         counts = torch.stack([text.valid[:, 1:].sum(), text.scored.any(1).sum()])
         counts, world_size = global_counts(counts, group)
         tokens, pairs = (counts.clamp(min=1) / world_size).unbind()
+        captions = text.features
+        if group is not None and config.learns("itc"):
+            # The texts travel while the image tower runs.
+            captions = gather_texts(captions, batch.ids, group=group, counts=shares)
         image = self.encode_image(batch.images)
 
         itc = caption = tgmim = local = total = torch.zeros((), device=batch.images.device)
         if config.learns("itc"):
-            itc = self._itc_loss(image, text, batch.ids, group)
+            itc = self._itc_loss(image.features, captions, batch.ids if group is None else None)
             total = total + weight.itc_weight * itc
         operands = self.local(image.patches, text.words) if self.local is not None else None
         selection, mask_overlap = self._selection(batch.seeds, plan, image, text, operands)
@@ -202,12 +221,9 @@ class SyCoCa(nn.Module):
             raise ValueError("reconstruct: the model was built without TG-MIM")
         return self._reconstruct(self.vision.embed(images), text, selection)
 
-    def _itc_loss(
-        self, image: ImageFeatures, text: TextFeatures, ids: Tensor | None, group: dist.ProcessGroup | None
-    ) -> Tensor:
+    def _itc_loss(self, images: Tensor, captions: Tensor | GatheredTexts, ids: Tensor | None) -> Tensor:
         eps = self.config.loss.label_smoothing
-        scale = self.logit_scale()
-        return fused_itc_loss(image.features, text.features, scale, group=group, ids=ids, label_smoothing=eps)
+        return fused_itc_loss(images, captions, self.logit_scale(), ids=ids, label_smoothing=eps)
 
     def _caption_loss(self, patches: Tensor, text: TextFeatures, tokens: Tensor) -> Tensor:
         labels = tokens[:, 1:].masked_fill(~text.valid[:, 1:], -1)

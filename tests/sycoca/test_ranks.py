@@ -13,9 +13,9 @@ LENGTHS = [8, 8, 7, -1, 1, 0]
 SHARES = (slice(0, 4), slice(4, 6))
 
 
-def losses_and_gradients(config, data, plan, group=None):
+def losses_and_gradients(config, data, plan, group=None, shares=None):
     model = build(config)
-    losses = model(data, plan, group)
+    losses = model(data, plan, group, shares)
     losses.total.backward()
     return [x.item() for x in losses], gradients(model)
 
@@ -28,7 +28,8 @@ def test_two_ranks_equal_one(plan, ids):
 
     def share(rank, world_size):
         part = Batch(*(None if x is None else x[SHARES[rank]] for x in data))
-        return losses_and_gradients(config, part, plan, dist.group.WORLD)
+        shares = [4, 2] if plan.attentive else None
+        return losses_and_gradients(config, part, plan, dist.group.WORLD, shares)
 
     losses, expected = losses_and_gradients(config, data, plan)
     ranks = run_ranks(share, 2)
