@@ -66,13 +66,13 @@ class RowsTile(NamedTuple):
     row: str
 
 
-def select_tile(P: int, T: int, D: int, itemsize: int) -> SelectTile:
-    """Tile of `attentive_select`; two programs of the largest one share a multiprocessor."""
-    places = _power_of_2(P)
-    largest = (128, 128, 64) if itemsize == 2 else (64, 32, 32)
-    p, t, d = (min(max(16, _power_of_2(size)), limit) for size, limit in zip((P, T, D), largest))
-    wide = p * t == 128 * 128
-    return SelectTile(p, t, d, places, max(4, min(32, 8192 // places)), 8 if wide else 4, 3, UNMEASURED)
+def select_tile(P: int, T: int, D: int, itemsize: int, hopper: bool) -> SelectTile:
+    """Tile of `attentive_select`: no spills, and at least two programs share a multiprocessor."""
+    p = 16 if P <= 16 else 64
+    d = 32 if D <= 32 or itemsize == 4 else 64
+    t = 32 if T <= 32 or itemsize == 4 else 128 if hopper else 64
+    places = max(16, _power_of_2(P))
+    return SelectTile(p, t, d, places, min(16, 8192 // places), 4, 3, UNMEASURED)
 
 
 def rows_tile(D: int) -> RowsTile:
@@ -90,3 +90,38 @@ def patch_loss_tile(values: int) -> RowsTile:
 def _power_of_2(size: int) -> int:
     """The least power of 2 that is at least `size`."""
     return 1 << max(0, size - 1).bit_length()
+
+
+class ContrastTile(NamedTuple):
+    """Tile of a contrastive kernel: rows x columns x width of a product."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    warps: int
+    stages: int
+    tma: bool
+    group_m: int
+    per_processor: int
+    row: str
+
+
+CONTRAST_KERNELS = ("sums", "online", "gradient")
+# kernel -> tile on sm_90 for 16-bit operands that TMA can describe.
+_HOPPER_TILES = {
+    "sums": ContrastTile(128, 256, 64, 8, 3, True, 16, 1, UNMEASURED),
+    "online": ContrastTile(128, 128, 64, 8, 3, True, 1, 1, UNMEASURED),
+    "gradient": ContrastTile(128, 128, 64, 8, 4, True, 8, 1, UNMEASURED),
+}
+# By pointers: sm_80, and operands whose rows are not 16-byte aligned.
+_POINTER_TILE = ContrastTile(128, 128, 32, 8, 3, False, 8, 1, UNMEASURED)
+_FP32_TILE = ContrastTile(64, 64, 32, 8, 2, False, 8, 2, UNMEASURED)
+
+
+def contrast_tile(kernel: str, capability: tuple[int, int], itemsize: int, describable: bool) -> ContrastTile:
+    """Tile of a contrastive kernel on a device; `describable` says that TMA can read the operands."""
+    if itemsize == 4:
+        return _FP32_TILE
+    if capability[0] >= 9 and describable:
+        return _HOPPER_TILES[kernel]
+    return _POINTER_TILE

@@ -1,0 +1,271 @@
+"""Gradients of the contrastive loss, in Triton and library matrix products.
+
+    G_ij = P^r_ij + P^c_ij - 2 q_ij     a block at a time, in the dtype of the products
+    dI = f s (G T + g I'),  dT = f s (G^T I + g T')     g the diagonal of G, kept in fp32
+
+G passes through scratch of fixed size: written once, read by two products with fp32 accumulation.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import itc_tiles
+from kernels.device import grouped_tile, product_tile, touches_edge
+from kernels.itc_triton_fwd import LOG2E, online, prologue, sums, target_tile
+
+__all__ = ["grads", "online", "prologue", "sums"]
+
+# P of order 1/B would be subnormal in fp16; G <= 2 stays finite.
+FP16_FACTOR = 2.0**13
+
+
+@triton.jit
+def _gradient_kernel(
+    image,
+    text,
+    scale_ptr,
+    row_ptr,
+    column_ptr,
+    safe_ptr,
+    ids_ptr,
+    text_ids_ptr,
+    weight_ptr,
+    G_ptr,
+    smoothing,
+    magnify,
+    offset,
+    first_row,
+    first_column,
+    height,
+    width,
+    M,
+    N,
+    D,
+    stride_im,
+    stride_id,
+    stride_tn,
+    stride_td,
+    HAS_TARGETS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    factor = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    safe = tl.load(safe_ptr)
+    for tile in range(tl.program_id(0), tl.cdiv(height, BLOCK_M) * tl.cdiv(width, BLOCK_N), tl.num_programs(0)):
+        m, n = grouped_tile(tile, height, width, BLOCK_M, BLOCK_N, GROUP_M)
+        i = m + tl.arange(0, BLOCK_M)
+        j = n + tl.arange(0, BLOCK_N)
+        m += first_row
+        n += first_column
+        rows = first_row + i
+        columns = first_column + j
+        dot = product_tile(
+            image, text, m, n, M, N, D, stride_im, stride_id, stride_tn, stride_td, BLOCK_M, BLOCK_N, BLOCK_D, TMA
+        )
+        L = dot * factor
+        row_shift = tl.load(row_ptr + rows, mask=rows < M, other=0.0)
+        row_inverse = tl.load(row_ptr + M + rows, mask=rows < M, other=0.0)
+        column_inverse = tl.load(column_ptr + N + columns, mask=columns < N, other=0.0)
+        E = tl.exp2(L - row_shift[:, None])
+        if safe:
+            # One shift for all: G_ij = E_ij (1/Zr_i + 1/Zc_j)
+            G = E * (row_inverse[:, None] + column_inverse[None, :])
+        else:
+            column_shift = tl.load(column_ptr + columns, mask=columns < N, other=0.0)
+            G = E * row_inverse[:, None] + tl.exp2(L - column_shift[None, :]) * column_inverse[None, :]
+        if HAS_TARGETS:
+            G -= 2.0 * target_tile(ids_ptr, text_ids_ptr, weight_ptr, rows, columns, M, N, smoothing, HAS_IDS)
+        if touches_edge(m, n, M, N, offset, BLOCK_M, BLOCK_N):
+            G = tl.where(columns[None, :] != rows[:, None] + offset, G, 0.0)
+        mask = (i < height)[:, None] & (j < width)[None, :]
+        G_ptrs = G_ptr + i.to(tl.int64)[:, None] * width + j[None, :]
+        tl.store(G_ptrs, (G * magnify).to(G_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _epilogue_kernel(
+    gradient_ptr,
+    features_ptr,
+    partner_ptr,
+    coefficient_ptr,
+    scale_ptr,
+    factor_ptr,
+    dscale_ptr,
+    magnify,
+    to_partner,
+    to_coefficient,
+    rows_total,
+    partner_rows,
+    coefficients,
+    D,
+    stride_fn,
+    stride_fd,
+    stride_pn,
+    stride_pd,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = rows.to(tl.int64)[:, None]
+    partner = r + to_partner
+    c = rows + to_coefficient
+    paired = (rows < rows_total) & (c >= 0) & (c < coefficients)
+    g = tl.load(coefficient_ptr + c, mask=paired, other=0.0)
+    factor = tl.load(factor_ptr).to(tl.float32)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    dot = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)[None, :]
+        mask = (rows < rows_total)[:, None] & (d < D)
+        y = tl.load(partner_ptr + partner * stride_pn + d * stride_pd, mask=mask & paired[:, None], other=0.0)
+        x = tl.load(features_ptr + r * stride_fn + d * stride_fd, mask=mask, other=0.0).to(tl.float32)
+        gradient = tl.load(gradient_ptr + r * D + d, mask=mask, other=0.0) / magnify + g[:, None] * y.to(tl.float32)
+        # <G, I T^T> = sum_i <(G T)_i, I_i>
+        dot += tl.sum(gradient * x, 1)
+        tl.store(gradient_ptr + r * D + d, gradient * (scale * factor), mask=mask)
+    tl.store(dscale_ptr + rows, dot * factor, mask=rows < rows_total)
+
+
+def grads(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    factor: Tensor,
+    row: Tensor,
+    column: Tensor,
+    coefficient: Tensor,
+    safe: Tensor,
+    ids: Tensor | None,
+    text_ids: Tensor | None,
+    weight: Tensor | None,
+    smoothing: float,
+    offset: int,
+    need_image: bool,
+    need_text: bool,
+    need_scale: bool,
+    product: torch.dtype,
+    scratch_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`factor` times (s G T, s G^T I, <G, I T^T>), fp32; an output that is not needed is empty.
+
+    Args:
+        row, column: (2, b) and (2, n), shift r and reciprocal sum 1/Z.
+        coefficient: (b,), G on the diagonal.
+    """
+    image, text = image.to(product), text.to(product)
+    (M, D), N = image.shape, text.shape[0]
+    form_image = need_image or not need_text
+    dimage, dtext = (
+        torch.zeros(size if wanted else 0, D, device=image.device) for size, wanted in ((M, form_image), (N, need_text))
+    )
+    magnify = FP16_FACTOR if product == torch.float16 else 1.0
+    targets = ids, text_ids, weight, smoothing
+    for rows, columns, G in _blocks(
+        image, text, logit_scale, row, column, safe, targets, offset, magnify, scratch_bytes
+    ):
+        if form_image:
+            _accumulate(dimage[rows], G, text[columns])
+        if need_text:
+            _accumulate(dtext[columns], G.T, image[rows])
+    scalars = coefficient, logit_scale, factor
+    dscale = torch.empty(0, device=image.device)
+    if form_image:
+        parts = _finish(dimage, image, text, *scalars, magnify, offset, 0)
+        dscale = parts.sum() if need_scale else dscale
+    if need_text:
+        parts = _finish(dtext, text, image, *scalars, magnify, -offset, -offset)
+        dscale = parts.sum() if need_scale and not form_image else dscale
+    return dimage if need_image else dimage.new_empty(0), dtext if need_text else dtext.new_empty(0), dscale
+
+
+def _blocks(image, text, logit_scale, stats, targets, offset, magnify, scratch_bytes):
+    """Blocks (rows, columns, G); the storage of G is reused."""
+    (M, D), N = image.shape, text.shape[0]
+    if M == 0 or N == 0:
+        return
+    ids, text_ids, weight, smoothing = targets
+    tile = itc_tiles.tile_for("gradient", image, text)
+    processors = itc_tiles.processors(image)
+    c, w = itc_tiles.block_shape(M, N, D, image.element_size(), scratch_bytes, processors)
+    scratch = torch.empty(c * w, dtype=image.dtype, device=image.device)
+    operands = itc_tiles.operand(image, tile, tile.block_m), itc_tiles.operand(text, tile, tile.block_n)
+    for first_row in range(0, M, c):
+        height = min(c, M - first_row)
+        for first_column in range(0, N, w):
+            width = min(w, N - first_column)
+            G = scratch[: height * width].view(height, width)
+            tiles = triton.cdiv(height, tile.block_m) * triton.cdiv(width, tile.block_n)
+            _gradient_kernel[(min(processors * tile.per_processor, tiles),)](
+                *operands,
+                logit_scale,
+                *stats,
+                *(logit_scale if x is None else x for x in (ids, text_ids, weight)),
+                G,
+                smoothing,
+                magnify,
+                offset,
+                first_row,
+                first_column,
+                height,
+                width,
+                M,
+                N,
+                D,
+                *image.stride(),
+                *text.stride(),
+                HAS_TARGETS=weight is not None,
+                HAS_IDS=ids is not None,
+                BLOCK_M=tile.block_m,
+                BLOCK_N=tile.block_n,
+                BLOCK_D=tile.block_d,
+                GROUP_M=tile.group_m,
+                TMA=tile.tma,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+            yield slice(first_row, first_row + height), slice(first_column, first_column + width), G
+
+
+def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, accumulated in fp32."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        out.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+
+
+def _finish(
+    gradient, features, partner, coefficient, logit_scale, factor, magnify, to_partner, to_coefficient
+) -> Tensor:
+    """Add the diagonal and scale, in place; the rows' shares of the scale's gradient."""
+    N, D = gradient.shape
+    parts = torch.empty(N, device=gradient.device)
+    BLOCK_M = 16
+    if N:
+        _epilogue_kernel[(triton.cdiv(N, BLOCK_M),)](
+            gradient,
+            features,
+            partner,
+            coefficient,
+            logit_scale,
+            factor,
+            parts,
+            magnify,
+            to_partner,
+            to_coefficient,
+            N,
+            partner.shape[0],
+            coefficient.shape[0],
+            D,
+            *features.stride(),
+            *partner.stride(),
+            BLOCK_M,
+            128,
+        )
+    return parts
