@@ -1,89 +1,29 @@
-"""Configuration of the models: frozen dataclasses, their validation, and the presets."""
+"""Configuration of the models: frozen dataclasses, and the presets."""
 
-import difflib
-import json
 import math
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from functools import cache
-from typing import Any, Literal, TypeVar, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from sycoca.checked import ConfigError, Strict, from_dict, known_keys, nearest, to_dict
 
-T = TypeVar("T")
+__all__ = [
+    "CaptionDecoderConfig",
+    "ConfigError",
+    "ImageDecoderConfig",
+    "LossConfig",
+    "MODEL_PRESETS",
+    "MaskingConfig",
+    "ModelConfig",
+    "OBJECTIVES",
+    "PRESET_PARAMETERS",
+    "TextConfig",
+    "VisionConfig",
+    "from_dict",
+    "known_keys",
+    "nearest",
+    "to_dict",
+]
 OBJECTIVES = ("itc", "ic", "tgmim")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is one line and names the key."""
-
-
-def from_dict(cls: type[T], data: dict[str, Any]) -> T:
-    """Builds a configuration dataclass from plain data, every key and type checked.
-
-    Args:
-        cls: a frozen dataclass of this module, or one that declares the same `__pydantic_config__`.
-        data: nested dictionaries, lists and scalars, as a JSON file holds them.
-
-    Returns:
-        An instance of `cls`.
-
-    Raises:
-        ConfigError: unknown key (with the nearest right one), missing key, wrong type or refused value.
-    """
-    try:
-        # Strict JSON mode: "12" is no integer and True no number, yet a list may stand for a tuple.
-        return _adapter(cls).validate_json(json.dumps(data), strict=True)
-    except ValidationError as error:
-        raise ConfigError(_one_line(cls, error)) from None
-    except (TypeError, RecursionError) as error:
-        raise ConfigError(f"{cls.__name__}: not plain data: {error}") from None
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested data of a configuration, the inverse of `from_dict` (tuples become lists)."""
-    return json.loads(json.dumps(asdict(config)))
-
-
-def nearest(key: str, known: Any) -> str:
-    """The clause `; did you mean 'x'?` for the closest of the known names, or an empty string."""
-    close = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def known_keys(cls: type, prefix: str = "") -> list[str]:
-    """Dotted names of every leaf key of a configuration dataclass, nested ones included."""
-    keys = []
-    for name, hint in get_type_hints(cls).items():
-        if name.startswith("_"):
-            continue
-        keys += known_keys(hint, f"{prefix}{name}.") if is_dataclass(hint) else [prefix + name]
-    return keys
-
-
-@cache
-def _adapter(cls: type) -> TypeAdapter:
-    return TypeAdapter(cls)
-
-
-def _one_line(cls: type, error: ValidationError) -> str:
-    first = min(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
-    loc, kind = [str(part) for part in first["loc"]], first["type"]
-    key = ".".join(loc) or cls.__name__
-    if kind == "unexpected_keyword_argument":
-        owner = cls
-        for part in loc[:-1]:
-            owner = get_type_hints(owner).get(part, owner) if is_dataclass(owner) else owner
-        local = nearest(loc[-1], [f.name for f in fields(owner)]) if is_dataclass(owner) else ""
-        elsewhere = [k for k in known_keys(cls) if k.rsplit(".", 1)[-1] == loc[-1]]
-        return f"{key}: unknown key" + (f"; did you mean '{elsewhere[0]}'?" if elsewhere else local)
-    if kind in ("missing", "missing_argument"):
-        return f"{key}: missing"
-    if kind == "value_error":
-        return f"{key}.{first['ctx']['error']}" if loc else str(first["ctx"]["error"])
-    if kind == "literal_error":
-        options = [part.strip().strip("'") for part in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        return f"{key}: {first['input']!r} is none of {', '.join(options)}{nearest(first['input'], options)}"
-    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
 
 
 def _require(condition: bool, message: str) -> None:
@@ -100,12 +40,8 @@ def _heads(width: int, heads: int) -> None:
     _require(heads > 0 and width % heads == 0, f"heads: {heads} does not divide the width {width}")
 
 
-class _Strict:
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-
 @dataclass(frozen=True)
-class VisionConfig(_Strict):
+class VisionConfig(Strict):
     """Image encoder: a ViT over square images (pixels)."""
 
     image_size: int
@@ -140,7 +76,7 @@ class VisionConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class TextConfig(_Strict):
+class TextConfig(Strict):
     """Causal text encoder; `context_length` is T, the [CLS] behind the caption not counted."""
 
     context_length: int
@@ -165,7 +101,7 @@ class TextConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class CaptionDecoderConfig(_Strict):
+class CaptionDecoderConfig(Strict):
     """Captioning decoder, as wide as the text encoder."""
 
     depth: int
@@ -177,7 +113,7 @@ class CaptionDecoderConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class ImageDecoderConfig(_Strict):
+class ImageDecoderConfig(Strict):
     """Image decoder of TG-MIM."""
 
     depth: int
@@ -191,7 +127,7 @@ class ImageDecoderConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class MaskingConfig(_Strict):
+class MaskingConfig(Strict):
     """Which patches are masked for TG-MIM and which are dropped for captioning.
 
     Attributes:
@@ -225,7 +161,7 @@ class MaskingConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class LossConfig(_Strict):
+class LossConfig(Strict):
     """Weights and forms of the losses.
 
     Attributes:
@@ -253,7 +189,7 @@ class LossConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """A whole model. `logit_scale_init` and `logit_scale_max` are the scale itself, not its logarithm."""
 
     embed_dim: int
