@@ -11,14 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import itc_tiles
+from kernels import contrast_tiles
+from kernels.contrast_triton import FP16_FACTOR, LOG2E, accumulate, finish, prologue
 from kernels.device import grouped_tile, product_tile, touches_edge
-from kernels.itc_triton_fwd import LOG2E, online, prologue, sums, target_tile
+from kernels.itc_triton_fwd import online, sums, target_tile
 
 __all__ = ["grads", "online", "prologue", "sums"]
-
-# P of order 1/B would be subnormal in fp16; G <= 2 stays finite.
-FP16_FACTOR = 2.0**13
 
 
 @triton.jit
@@ -88,50 +86,6 @@ def _gradient_kernel(
         tl.store(G_ptrs, (G * magnify).to(G_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _epilogue_kernel(
-    gradient_ptr,
-    features_ptr,
-    partner_ptr,
-    coefficient_ptr,
-    scale_ptr,
-    factor_ptr,
-    dscale_ptr,
-    magnify,
-    to_partner,
-    to_coefficient,
-    rows_total,
-    partner_rows,
-    coefficients,
-    D,
-    stride_fn,
-    stride_fd,
-    stride_pn,
-    stride_pd,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = rows.to(tl.int64)[:, None]
-    partner = r + to_partner
-    c = rows + to_coefficient
-    paired = (rows < rows_total) & (c >= 0) & (c < coefficients)
-    g = tl.load(coefficient_ptr + c, mask=paired, other=0.0)
-    factor = tl.load(factor_ptr).to(tl.float32)
-    scale = tl.load(scale_ptr).to(tl.float32)
-    dot = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)[None, :]
-        mask = (rows < rows_total)[:, None] & (d < D)
-        y = tl.load(partner_ptr + partner * stride_pn + d * stride_pd, mask=mask & paired[:, None], other=0.0)
-        x = tl.load(features_ptr + r * stride_fn + d * stride_fd, mask=mask, other=0.0).to(tl.float32)
-        gradient = tl.load(gradient_ptr + r * D + d, mask=mask, other=0.0) / magnify + g[:, None] * y.to(tl.float32)
-        # <G, I T^T> = sum_i <(G T)_i, I_i>
-        dot += tl.sum(gradient * x, 1)
-        tl.store(gradient_ptr + r * D + d, gradient * (scale * factor), mask=mask)
-    tl.store(dscale_ptr + rows, dot * factor, mask=rows < rows_total)
-
-
 def grads(
     image: Tensor,
     text: Tensor,
@@ -170,16 +124,16 @@ def grads(
         image, text, logit_scale, row, column, safe, targets, offset, magnify, scratch_bytes
     ):
         if form_image:
-            _accumulate(dimage[rows], G, text[columns])
+            accumulate(dimage[rows], G, text[columns])
         if need_text:
-            _accumulate(dtext[columns], G.T, image[rows])
+            accumulate(dtext[columns], G.T, image[rows])
     scalars = coefficient, logit_scale, factor
     dscale = torch.empty(0, device=image.device)
     if form_image:
-        parts = _finish(dimage, image, text, *scalars, magnify, offset, 0)
+        parts = finish(dimage, image, text, *scalars, magnify, offset, 0)
         dscale = parts.sum() if need_scale else dscale
     if need_text:
-        parts = _finish(dtext, text, image, *scalars, magnify, -offset, -offset)
+        parts = finish(dtext, text, image, *scalars, magnify, -offset, -offset)
         dscale = parts.sum() if need_scale and not form_image else dscale
     return dimage if need_image else dimage.new_empty(0), dtext if need_text else dtext.new_empty(0), dscale
 
@@ -190,11 +144,11 @@ def _blocks(image, text, logit_scale, stats, targets, offset, magnify, scratch_b
     if M == 0 or N == 0:
         return
     ids, text_ids, weight, smoothing = targets
-    tile = itc_tiles.tile_for("gradient", image, text)
-    processors = itc_tiles.processors(image)
-    c, w = itc_tiles.block_shape(M, N, D, image.element_size(), scratch_bytes, processors)
+    tile = contrast_tiles.tile_for("gradient", image, text)
+    processors = contrast_tiles.processors(image)
+    c, w = contrast_tiles.block_shape(M, N, D, image.element_size(), scratch_bytes, processors)
     scratch = torch.empty(c * w, dtype=image.dtype, device=image.device)
-    operands = itc_tiles.operand(image, tile, tile.block_m), itc_tiles.operand(text, tile, tile.block_n)
+    operands = contrast_tiles.operand(image, tile, tile.block_m), contrast_tiles.operand(text, tile, tile.block_n)
     for first_row in range(0, M, c):
         height = min(c, M - first_row)
         for first_column in range(0, N, w):
@@ -230,42 +184,3 @@ def _blocks(image, text, logit_scale, stats, targets, offset, magnify, scratch_b
                 num_stages=tile.stages,
             )
             yield slice(first_row, first_row + height), slice(first_column, first_column + width), G
-
-
-def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, accumulated in fp32."""
-    if a.dtype == torch.float32 or not a.is_cuda:
-        out.addmm_(a.float(), b.float())
-    else:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-
-
-def _finish(
-    gradient, features, partner, coefficient, logit_scale, factor, magnify, to_partner, to_coefficient
-) -> Tensor:
-    """Add the diagonal and scale, in place; the rows' shares of the scale's gradient."""
-    N, D = gradient.shape
-    parts = torch.empty(N, device=gradient.device)
-    BLOCK_M = 16
-    if N:
-        _epilogue_kernel[(triton.cdiv(N, BLOCK_M),)](
-            gradient,
-            features,
-            partner,
-            coefficient,
-            logit_scale,
-            factor,
-            parts,
-            magnify,
-            to_partner,
-            to_coefficient,
-            N,
-            partner.shape[0],
-            coefficient.shape[0],
-            D,
-            *features.stride(),
-            *partner.stride(),
-            BLOCK_M,
-            128,
-        )
-    return parts

@@ -11,44 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import itc_tiles
+from kernels import contrast_tiles
+from kernels.contrast_triton import LOG2E
 from kernels.device import add_to_partial, grouped_tile, product_tile, touches_edge
-
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _prologue_kernel(
-    image_ptr,
-    text_ptr,
-    scale_ptr,
-    diagonal_ptr,
-    squares_ptr,
-    M,
-    D,
-    stride_im,
-    stride_id,
-    stride_tm,
-    stride_td,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = rows.to(tl.int64)[:, None]
-    dot = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    image_square = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    text_square = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)[None, :]
-        mask = (rows < M)[:, None] & (d < D)
-        x = tl.load(image_ptr + r * stride_im + d * stride_id, mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(text_ptr + r * stride_tm + d * stride_td, mask=mask, other=0.0).to(tl.float32)
-        dot += tl.sum(x * y, 1)
-        image_square += tl.sum(x * x, 1)
-        text_square += tl.sum(y * y, 1)
-    tl.store(diagonal_ptr + rows, dot * tl.load(scale_ptr).to(tl.float32) * LOG2E, mask=rows < M)
-    tl.store(squares_ptr + rows, image_square, mask=rows < M)
-    tl.store(squares_ptr + M + rows, text_square, mask=rows < M)
 
 
 @triton.jit
@@ -162,21 +127,6 @@ def _online_kernel(
     tl.store(state_ptr + M + rows, total, mask=rows < M)
 
 
-def prologue(image: Tensor, text: Tensor, logit_scale: Tensor, product: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Diagonal logits (b,) in units of ln 2, and the largest norms (2,) of image and text."""
-    image, text = image.to(product), text.to(product)
-    M, D = image.shape
-    diagonal = torch.empty(M, device=image.device)
-    squares = torch.zeros(2, M, device=image.device)
-    BLOCK_M = 16
-    if M:
-        _prologue_kernel[(triton.cdiv(M, BLOCK_M),)](
-            image, text, logit_scale, diagonal, squares, M, D, *image.stride(), *text.stride(), BLOCK_M, 128
-        )
-    # A column of zeros gives a rank without rows a norm.
-    return diagonal, torch.nn.functional.pad(squares, (0, 1)).amax(1).sqrt()
-
-
 def sums(
     image: Tensor,
     text: Tensor,
@@ -196,14 +146,14 @@ def sums(
     row, column = (torch.zeros(2, size, device=image.device) for size in (M, N))
     if M == 0 or N == 0:
         return row, column
-    tile = itc_tiles.tile_for("sums", image, text)
+    tile = contrast_tiles.tile_for("sums" if weight is None else "target sums", image, text)
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
-    programs = min(itc_tiles.processors(image) * tile.per_processor, tiles)
+    programs = min(contrast_tiles.processors(image) * tile.per_processor, tiles)
     parts = 1 if weight is None else 2
     row_parts, column_parts = (torch.zeros(programs, parts, size, device=image.device) for size in (M, N))
     _sums_kernel[(programs,)](
-        itc_tiles.operand(image, tile, tile.block_m),
-        itc_tiles.operand(text, tile, tile.block_n),
+        contrast_tiles.operand(image, tile, tile.block_m),
+        contrast_tiles.operand(text, tile, tile.block_n),
         logit_scale,
         shift,
         *(shift if x is None else x for x in (ids, text_ids, weight)),
@@ -249,10 +199,10 @@ def online(
         if N == 0:
             state[0], state[1] = -torch.inf, 0.0
         elif M:
-            tile = itc_tiles.tile_for("online", a, b)
+            tile = contrast_tiles.tile_for("online", a, b)
             _online_kernel[(triton.cdiv(M, tile.block_m),)](
-                itc_tiles.operand(a, tile, tile.block_m),
-                itc_tiles.operand(b, tile, tile.block_n),
+                contrast_tiles.operand(a, tile, tile.block_m),
+                contrast_tiles.operand(b, tile, tile.block_n),
                 logit_scale,
                 safe,
                 state,

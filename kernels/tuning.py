@@ -75,10 +75,10 @@ def select_tile(P: int, T: int, D: int, itemsize: int, hopper: bool) -> SelectTi
     return SelectTile(p, t, d, places, min(16, 8192 // places), 4, 3, UNMEASURED)
 
 
-def rows_tile(D: int) -> RowsTile:
-    """Tile of `gather_patches` and `scatter_patches`."""
+def rows_tile(D: int, summed: bool = False) -> RowsTile:
+    """Tile of `gather_patches` and `scatter_patches`; `summed`: rows are also added up, in registers."""
     block_d = min(256, _power_of_2(D))
-    return RowsTile(min(64, 4096 // block_d), block_d, 64, 4, UNMEASURED)
+    return RowsTile(min(64, (2048 if summed else 4096) // block_d), block_d, 64, 4, UNMEASURED)
 
 
 def patch_loss_tile(values: int) -> RowsTile:
@@ -106,15 +106,19 @@ class ContrastTile(NamedTuple):
     row: str
 
 
-CONTRAST_KERNELS = ("sums", "online", "gradient")
-# kernel -> tile on sm_90 for 16-bit operands that TMA can describe.
+# kernel -> tile on sm_90, for 16-bit operands that TMA can describe.
 _HOPPER_TILES = {
     "sums": ContrastTile(128, 256, 64, 8, 3, True, 16, 1, UNMEASURED),
+    "target sums": ContrastTile(128, 128, 64, 8, 4, True, 16, 1, UNMEASURED),
     "online": ContrastTile(128, 128, 64, 8, 3, True, 1, 1, UNMEASURED),
     "gradient": ContrastTile(128, 128, 64, 8, 4, True, 8, 1, UNMEASURED),
+    "sigmoid": ContrastTile(128, 128, 64, 8, 4, True, 8, 1, UNMEASURED),
 }
 # By pointers: sm_80, and operands whose rows are not 16-byte aligned.
-_POINTER_TILE = ContrastTile(128, 128, 32, 8, 3, False, 8, 1, UNMEASURED)
+_POINTER_TILES = dict.fromkeys(_HOPPER_TILES, ContrastTile(128, 128, 32, 8, 3, False, 8, 1, UNMEASURED)) | {
+    "target sums": ContrastTile(128, 64, 32, 8, 3, False, 8, 2, UNMEASURED),
+    "sigmoid": ContrastTile(128, 64, 32, 8, 3, False, 8, 2, UNMEASURED),
+}
 _FP32_TILE = ContrastTile(64, 64, 32, 8, 2, False, 8, 2, UNMEASURED)
 
 
@@ -122,6 +126,6 @@ def contrast_tile(kernel: str, capability: tuple[int, int], itemsize: int, descr
     """Tile of a contrastive kernel on a device; `describable` says that TMA can read the operands."""
     if itemsize == 4:
         return _FP32_TILE
-    if capability[0] >= 9 and describable:
+    if capability[0] == 9 and describable:
         return _HOPPER_TILES[kernel]
-    return _POINTER_TILE
+    return _POINTER_TILES[kernel]

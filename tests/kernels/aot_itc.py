@@ -1,0 +1,67 @@
+"""Ahead-of-time compilation of the contrastive kernels.
+
+`python -m tests.kernels.aot_itc few|all` prints one JSON line per kernel, tile and architecture.
+"""
+
+import json
+import sys
+
+import torch
+
+from kernels import contrast_triton, itc_triton, itc_triton_fwd, siglip_triton
+from tests.kernels.aot import compile_launch, recorded
+
+# The widths that the tiles are chosen for; one past a multiple of 16 bytes takes the kernels that read by pointers.
+WIDTHS = (256, 512, 640, 768, 1024, 1152)
+UNALIGNED = 513
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+def cases(every):
+    """(architecture, D, dtype, ids)."""
+    yield 90, 768, HALF, False
+    yield 80, 768, HALF, False
+    if every:
+        yield from ((90, D, HALF, ids) for D in WIDTHS for ids in (False, True))
+        yield from ((80, D, HALF, ids) for D in (*WIDTHS, UNALIGNED) for ids in (False, True))
+        yield from ((90, D, dtype, True) for D in (768, UNALIGNED) for dtype in (FULL, torch.float16))
+        yield 90, UNALIGNED, HALF, False
+        yield 80, 768, FULL, False
+
+
+def launches(every):
+    seen = set()
+    for architecture, D, dtype, with_ids in cases(every):
+        with recorded(architecture, contrast_triton, itc_triton, itc_triton_fwd, siglip_triton) as recorders:
+            _launch(D, dtype, with_ids, every)
+        for recorder in recorders:
+            for args, options in recorder.launches:
+                kinds = [
+                    x if isinstance(x, bool) else x.dtype if isinstance(x, torch.Tensor) else type(x) for x in args
+                ]
+                key = architecture, D % 16, recorder.kernel.fn.__name__, dtype, str(kinds), str(options)
+                if key not in seen:
+                    seen.add(key)
+                    yield recorder.kernel, args, options, architecture
+
+
+def _launch(D, dtype, with_ids, every):
+    image, text, scale = torch.ones(304, D, dtype=dtype), torch.ones(304, D, dtype=dtype), torch.ones(())
+    ids = torch.zeros(304, dtype=torch.int64)
+    targets = (ids, ids, torch.ones(304), 0.5) if with_ids else (None, None, None, 0.5)
+    stats, safe = torch.ones(2, 304), torch.tensor(True)
+    itc_triton.sums(image, text, scale, torch.zeros(()), *targets, 0, dtype, 0)
+    if every:
+        contrast_triton.prologue(image, text, scale, dtype)
+        itc_triton.online(image, text, scale, safe, 0, dtype, 0)
+    blocks = itc_triton._blocks(image, text, scale, (stats, stats, safe), targets, 0, 1.5, 0)
+    assert list(blocks)
+    if every:
+        contrast_triton.finish(torch.ones(304, D), image, text, torch.ones(304), scale, scale, 1.5, 0, 0)
+    if not with_ids:
+        assert list(siglip_triton.blocks(image, text, scale, scale, 0, 1.5, True))
+
+
+if __name__ == "__main__":
+    for launch in launches(sys.argv[1] == "all"):
+        print(json.dumps(compile_launch(*launch)), flush=True)
