@@ -209,7 +209,7 @@ def scatter_backward(
     if dy.numel() == 0 or not (need_x or need_fill or need_pos):
         fill, pos = dy.new_zeros(D if need_fill else 0), dy.new_zeros(P if need_pos else 0, D)
         return dx, fill.float(), pos.float()
-    tile = tuning.rows_tile(D)
+    tile = tuning.rows_tile(D, need_fill or need_pos)
     splits, samples = _splits(B, need_fill or need_pos)
     tiles = triton.cdiv(P, tile.block_rows)
     dfill = dy.new_empty(splits * tiles if need_fill else 0, D, dtype=torch.float32)
@@ -238,7 +238,7 @@ def _scatter(
     y = x.new_empty(B if need_y else 0, P, D)
     if B * P * D == 0 or not (need_y or need_sum):
         return y, x.new_zeros(P if need_sum else 0, D, dtype=torch.float32)
-    tile = tuning.rows_tile(D)
+    tile = tuning.rows_tile(D, need_sum)
     splits, samples = _splits(B, need_sum)
     total = x.new_empty(splits if need_sum else 0, P, D, dtype=torch.float32)
     with torch.cuda.device_of(x):

@@ -73,8 +73,10 @@ def _best_cosine(
             dot = tl.dot(v, tl.trans(t), dot, input_precision="ieee")
             vv += tl.sum(v.to(tl.float32) * v.to(tl.float32), 1)
             tt += tl.sum(t.to(tl.float32) * t.to(tl.float32), 1)
-        cosine = dot / tl.maximum(tl.sqrt(tt), eps)[None, :]
-        best = tl.maximum(best, tl.max(tl.where(valid[None, :], cosine, -float("inf")), 1))
+        # one multiply-add per similarity: -inf where the token does not count
+        scale = 1.0 / tl.maximum(tl.sqrt(tt), eps)
+        bias = tl.where(valid, 0.0, -float("inf"))
+        best = tl.maximum(best, tl.max(dot * scale[None, :] + bias[None, :], 1))
     s = best / tl.maximum(tl.sqrt(vv), eps)
     # no valid token; and no negative zero
     return tl.where((best == -float("inf")) | (s == 0.0), 0.0, s)
@@ -177,7 +179,8 @@ def select(
     lists = [patches.new_empty(B, length, dtype=torch.int64) for length in lengths]
     if B * P == 0:
         return scores, *lists
-    tile = tuning.select_tile(P, T, D, patches.element_size())
+    hopper = not patches.is_cuda or torch.cuda.get_device_capability(patches.device) >= (9, 0)
+    tile = tuning.select_tile(P, T, D, patches.element_size(), hopper)
     # one byte per token, whatever the pointer type of a bool is
     valid = valid.view(torch.uint8)
     with torch.cuda.device_of(patches):

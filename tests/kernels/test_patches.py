@@ -3,11 +3,12 @@ import torch
 
 import kernels
 from kernels import reference
-from tests.kernels.masking import DTYPES, assert_within_budget, chosen, device_of, fused
+from tests.kernels.masking import DTYPES, INTERPRETED, assert_within_budget, chosen, device_of, fused
 
 GATHER, SCATTER = fused("gather_patches"), fused("scatter_patches")
 # B, P, K, D: one of each; nothing and everything chosen; odd; one past a tile; 16-byte rows of a real width
 SHAPES = ((1, 1, 1, 1), (2, 5, 0, 3), (3, 7, 7, 5), (2, 33, 17, 65), (3, 40, 20, 129), (2, 9, 5, 768))
+SHAPES = SHAPES[1:4] if INTERPRETED else SHAPES
 
 
 def gather_inputs(B, P, K, D, dtype, prefix_rows, seed=0):
@@ -88,7 +89,7 @@ def test_scatter(impl, dtype, shape, has_pos):
 @pytest.mark.parametrize("impl", GATHER)
 def test_many_samples_share_positions(impl):
     # more samples than one partial sum takes, in every implementation
-    x, index, pos, prefix, dy = gather_inputs(70, 6, 3, 16, torch.float32, 1)
+    x, index, pos, prefix, dy = gather_inputs(70, 3, 2, 4, torch.float32, 1)
     device = device_of(impl)
     three_ways(
         lambda x, pos, prefix: kernels.gather_patches(x, index.to(device), pos=pos, prefix=prefix, impl=impl),
@@ -100,10 +101,10 @@ def test_many_samples_share_positions(impl):
     )
     fill = prefix
     three_ways(
-        lambda x, fill, pos: kernels.scatter_patches(x, index.to(device), fill, num_patches=6, pos=pos, impl=impl),
-        lambda x, fill, pos: reference.scatter_patches(x, index, fill, 6, pos),
-        (x[:, :3], fill, pos),
-        torch.randn(70, 6, 16),
+        lambda x, fill, pos: kernels.scatter_patches(x, index.to(device), fill, num_patches=3, pos=pos, impl=impl),
+        lambda x, fill, pos: reference.scatter_patches(x, index, fill, 3, pos),
+        (x[:, :2], fill, pos),
+        torch.randn(70, 3, 4),
         device,
         ["y", "dx", "dfill", "dpos"],
     )

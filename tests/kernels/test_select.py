@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from kernels import reference
-from tests.kernels.masking import DTYPES, assert_within_budget, device_of, fused
+from tests.kernels.masking import DTYPES, INTERPRETED, assert_within_budget, device_of, fused
 
 IMPLS = fused("attentive_select")
 
@@ -55,8 +55,6 @@ SHAPES = ((1, 1, 1, 1), (3, 5, 7, 9), (2, 16, 16, 32), (2, 33, 17, 65), (2, 196,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_scores_and_order(impl, dtype, shape):
-    if interpreted(impl) and dtype == torch.bfloat16:
-        pytest.skip("the interpreter multiplies the bits of bf16 operands")
     patches, tokens, valid = features(*shape, dtype)
     P = shape[1]
     got = run(impl, patches, tokens, valid, num_masked=P // 2, num_dropped=P // 3)
@@ -75,10 +73,6 @@ COUNTS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 195, 196, 197, 255,
 FEW_COUNTS = (1, 2, 17, 64, 65, 196)
 
 
-def interpreted(impl):
-    return impl == "triton" and device_of(impl) == "cpu"
-
-
 def assert_selects(impl, P, rows):
     generator = torch.Generator().manual_seed(P)
     # two small integers make a handful of different scores: most are ties
@@ -87,23 +81,23 @@ def assert_selects(impl, P, rows):
     tokens = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]).expand(rows, 2, 2)
     valid = torch.rand(rows, 2, generator=generator) < 0.8
     num_masked = int(torch.randint(0, P + 1, (), generator=generator))
-    for num_dropped in {P // 3} if interpreted(impl) else {P - num_masked, P // 3}:
+    for num_dropped in {P // 3} if INTERPRETED else {P - num_masked, P // 3}:
         selection = run(impl, patches, tokens, valid, num_masked=num_masked, num_dropped=num_dropped)
         assert_ordered(selection, num_masked, num_dropped)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ties_at_every_length(impl):
-    for P in FEW_COUNTS if interpreted(impl) else COUNTS:
-        assert_selects(impl, P, 2 if interpreted(impl) else 4)
-    if interpreted(impl):
+    for P in FEW_COUNTS if INTERPRETED else COUNTS:
+        assert_selects(impl, P, 2 if INTERPRETED else 4)
+    if INTERPRETED:
         assert_selects(impl, 1024, 1)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ten_thousand_rows(impl):
-    if interpreted(impl):
+    if INTERPRETED:
         pytest.skip("hours in the interpreter")
     lengths = sorted({*range(1, 65), *COUNTS})
     for P in lengths:
@@ -209,7 +203,7 @@ def test_carries_no_gradient_and_compiles(impl):
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 def test_autocast_rounds_the_features(impl):
-    if interpreted(impl):
+    if INTERPRETED:
         pytest.skip("the interpreter multiplies the bits of bf16 operands")
     patches, tokens, valid = features(2, 9, 4, 8)
     with torch.autocast(device_of(impl), dtype=torch.bfloat16):
