@@ -60,20 +60,26 @@ class CaptionDecoder(nn.Module):
 
 
 class ImageDecoderLayer(nn.Module):
-    """Self-attention over the image, cross-attention to the caption, MLP."""
+    """Self-attention over the image, cross-attention to the caption, MLP.
+
+    With `rows` (B, K) int64 only these patches ask and come out, (B, K, D); the others are still attended to.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, text_width: int) -> None:
         super().__init__()
         self.ln_self = nn.LayerNorm(width)
-        self.attn = SelfAttention(width, heads, causal=False)
+        self.attn = CrossAttention(width, heads, width)
         self.ln_cross = nn.LayerNorm(width)
         self.ln_text = nn.LayerNorm(text_width)
         self.cross = CrossAttention(width, heads, text_width)
         self.ln_mlp = nn.LayerNorm(width)
         self.mlp = MLP(width, mlp_ratio)
 
-    def forward(self, x: Tensor, words: Tensor, valid: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_self(x))
+    def forward(self, x: Tensor, words: Tensor, valid: Tensor, rows: Tensor | None = None) -> Tensor:
+        image = asking = self.ln_self(x)
+        if rows is not None:
+            x, asking = gather_patches(x, rows), gather_patches(image, rows)
+        x = x + self.attn(asking, image)
         x = x + self.cross(self.ln_cross(x), self.ln_text(words), valid)
         return x + self.mlp(self.ln_mlp(x))
 
@@ -119,6 +125,8 @@ class ImageDecoder(nn.Module):
             x = scatter_patches(x, visible, self.mask_token, num_patches=self.num_patches, pos=self.pos)
         # An empty caption still needs a key to attend to; its reconstruction counts for nothing.
         first = torch.arange(valid.shape[1], device=valid.device) == 0
-        for layer in self.layers:
-            x = run_block(layer, x, words, valid | first, recompute=self.recompute)
-        return self.pixels(self.norm(gather_patches(x, masked)))
+        valid = valid | first
+        for layer in self.layers[:-1]:
+            x = run_block(layer, x, words, valid, recompute=self.recompute)
+        x = run_block(self.layers[-1], x, words, valid, masked, recompute=self.recompute)
+        return self.pixels(self.norm(x))

@@ -124,3 +124,13 @@ def test_an_unfinished_caption_that_ends_in_the_padding_id_is_read():
     torch.testing.assert_close(
         model.caption_logits(image, whole[:, :3]), model.caption_logits(image, whole)[:, :3], rtol=1e-5, atol=1e-5
     )
+
+
+@torch.no_grad()
+def test_the_last_decoder_layer_answers_for_the_masked_patches_alone():
+    layer = build(MICRO).image_decoder.layers[-1]
+    x, words = uniform(2, 16, 16, salt=1), uniform(2, 10, 24, salt=2)
+    valid = torch.arange(10) < torch.tensor([[4], [9]])
+    rows = torch.tensor([[0, 5, 15], [2, 3, 9]])
+    expected = layer(x, words, valid).gather(1, rows[:, :, None].expand(-1, -1, 16))
+    torch.testing.assert_close(layer(x, words, valid, rows), expected, rtol=1e-5, atol=1e-6)
