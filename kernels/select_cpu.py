@@ -1,4 +1,8 @@
-"""Attentive patch selection with torch operators."""
+"""Attentive patch selection with torch operators.
+
+Only valid tokens are multiplied: they are packed first, so that neither padding nor a mask of similarities costs
+anything, and the similarities of one sample at a time stay in the cache.
+"""
 
 import torch
 from torch import Tensor
@@ -17,47 +21,56 @@ def select(
     """Scores (B, P) and the index lists masked, visible, dropped, kept."""
     P = patches.shape[1]
     scores = _scores(patches, tokens, valid, eps)
-    masked, dropped = _first_and_last(scores, num_masked, num_dropped, block, columns)
-    return (
-        scores,
-        _indices(masked, num_masked),
-        _indices(~masked, P - num_masked),
-        _indices(dropped, num_dropped),
-        _indices(~dropped, P - num_dropped),
-    )
+    rank = _ranks(scores, block, columns)
+    masked = rank < num_masked
+    first, rest = _indices(masked, num_masked), _indices(~masked, P - num_masked)
+    if num_masked + num_dropped == P:
+        return scores, first, rest, rest.clone(), first.clone()
+    dropped = rank >= P - num_dropped
+    return scores, first, rest, _indices(dropped, num_dropped), _indices(~dropped, P - num_dropped)
 
 
 def _scores(patches: Tensor, tokens: Tensor, valid: Tensor, eps: float) -> Tensor:
     B, P, _ = patches.shape
     dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
-    if tokens.shape[1] == 0:
-        return patches.new_zeros(B, P, dtype=dtype)
-    v, t = patches.to(dtype), tokens.to(dtype)
-    t = t / torch.linalg.vector_norm(t, dim=2, keepdim=True).clamp_min_(eps)
-    similarity = torch.bmm(v, t.mT).masked_fill_(~valid[:, None, :], -torch.inf)
-    scores = similarity.amax(2).div_(torch.linalg.vector_norm(v, dim=2).clamp_min_(eps))
-    return scores.masked_fill_(~valid.any(1, keepdim=True), 0.0)
+    counts = valid.sum(1).tolist()
+    packed = tokens[valid].to(dtype)
+    packed /= torch.linalg.vector_norm(packed, dim=1, keepdim=True).clamp_min_(eps)
+    best = patches.new_zeros(B, P, dtype=dtype)
+    if P == 0 or packed.shape[0] == 0:
+        return best
+    if min(counts) == max(counts):
+        torch.amax(torch.bmm(patches.to(dtype), packed.view(B, counts[0], -1).mT), 2, out=best)
+        norm = torch.linalg.vector_norm(patches, dim=2, dtype=dtype)
+        return best.div_(norm.clamp_min_(eps)).add_(0.0)
+    similarity = torch.empty(P * max(counts), dtype=dtype)
+    norm = torch.ones(B, P, dtype=dtype)
+    # (n, D) tokens of each sample
+    for v, t, s, length in zip(patches, packed.split(counts), best, norm):
+        if t.shape[0]:
+            product = similarity[: P * t.shape[0]].view(P, -1)
+            v = v.to(dtype)
+            torch.mm(v, t.mT, out=product)
+            torch.amax(product, 1, out=s)
+            torch.linalg.vector_norm(v, dim=1, out=length)
+    # -0.0 becomes 0.0
+    return best.div_(norm.clamp_min_(eps)).add_(0.0)
 
 
-def _first_and_last(
-    scores: Tensor, num_masked: int, num_dropped: int, block: int, columns: int
-) -> tuple[Tensor, Tensor]:
-    """Which patches (B, P) are among the first and among the last of the order."""
+def _ranks(scores: Tensor, block: int, columns: int) -> Tensor:
+    """Place (B, P) of each patch in the order; patches of a square share the first one's."""
     B, P = scores.shape
     if block > 1:
-        units = scores.view(B, -1, block, columns // block, block)
+        squares = scores.view(B, -1, block, columns // block, block)
         # the sum of a square's scores, added row by row
-        total = units[:, :, 0, :, 0].clone()
+        total = squares[:, :, 0, :, 0].clone()
         for member in range(1, block * block):
-            total += units[:, :, member // block, :, member % block]
-        first, last = _first_and_last(total.flatten(1), num_masked // block**2, num_dropped // block**2, 1, 0)
-        shape = B, P // columns // block, 1, columns // block, 1
-        return tuple(unit.view(shape).expand(-1, -1, block, -1, block).reshape(B, P) for unit in (first, last))
+            total += squares[:, :, member // block, :, member % block]
+        rank = _ranks(total.flatten(1), 1, 0) * block**2
+        rank = rank.view(B, -1, 1, columns // block, 1).expand(-1, -1, block, -1, block)
+        return rank.reshape(B, P)
     order = scores.sort(dim=1, descending=True, stable=True).indices
-    first, last = torch.zeros(2, B, P, dtype=torch.bool, device=scores.device)
-    first.scatter_(1, order[:, :num_masked], True)
-    last.scatter_(1, order[:, P - num_dropped :], True)
-    return first, last
+    return torch.empty_like(order).scatter_(1, order, torch.arange(P).expand(B, P))
 
 
 def _indices(chosen: Tensor, count: int) -> Tensor:
