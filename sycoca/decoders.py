@@ -10,7 +10,6 @@ from sycoca.layers import (
     Block,
     CrossAttention,
     CrossBlock,
-    SelfAttention,
     init_blocks,
     position_table,
     run_block,
