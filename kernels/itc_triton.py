@@ -120,9 +120,8 @@ def grads(
     )
     magnify = FP16_FACTOR if product == torch.float16 else 1.0
     targets = ids, text_ids, weight, smoothing
-    for rows, columns, G in _blocks(
-        image, text, logit_scale, row, column, safe, targets, offset, magnify, scratch_bytes
-    ):
+    stats = row.contiguous(), column.contiguous(), safe
+    for rows, columns, G in _blocks(image, text, logit_scale, stats, targets, offset, magnify, scratch_bytes):
         if form_image:
             accumulate(dimage[rows], G, text[columns])
         if need_text:

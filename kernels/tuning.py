@@ -119,13 +119,15 @@ _POINTER_TILES = dict.fromkeys(_HOPPER_TILES, ContrastTile(128, 128, 32, 8, 3, F
     "target sums": ContrastTile(128, 64, 32, 8, 3, False, 8, 2, UNMEASURED),
     "sigmoid": ContrastTile(128, 64, 32, 8, 3, False, 8, 2, UNMEASURED),
 }
-_FP32_TILE = ContrastTile(64, 64, 32, 8, 2, False, 8, 2, UNMEASURED)
+_FP32_TILES = dict.fromkeys(_HOPPER_TILES, ContrastTile(64, 64, 32, 8, 2, False, 8, 2, UNMEASURED)) | {
+    "target sums": ContrastTile(64, 32, 32, 8, 2, False, 8, 2, UNMEASURED),
+}
 
 
 def contrast_tile(kernel: str, capability: tuple[int, int], itemsize: int, describable: bool) -> ContrastTile:
     """Tile of a contrastive kernel on a device; `describable` says that TMA can read the operands."""
     if itemsize == 4:
-        return _FP32_TILE
+        return _FP32_TILES[kernel]
     if capability[0] == 9 and describable:
         return _HOPPER_TILES[kernel]
     return _POINTER_TILES[kernel]

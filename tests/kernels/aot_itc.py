@@ -42,7 +42,8 @@ def launches(every):
                 key = architecture, D % 16, recorder.kernel.fn.__name__, dtype, str(kinds), str(options)
                 if key not in seen:
                     seen.add(key)
-                    yield recorder.kernel, args, options, architecture
+                    facts = {"itemsize": dtype.itemsize, "aligned": D % 8 == 0}
+                    yield facts, (recorder.kernel, args, options, architecture)
 
 
 def _launch(D, dtype, with_ids, every):
@@ -63,5 +64,5 @@ def _launch(D, dtype, with_ids, every):
 
 
 if __name__ == "__main__":
-    for launch in launches(sys.argv[1] == "all"):
-        print(json.dumps(compile_launch(*launch)), flush=True)
+    for facts, launch in launches(sys.argv[1] == "all"):
+        print(json.dumps(compile_launch(*launch) | facts), flush=True)

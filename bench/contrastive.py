@@ -1,0 +1,177 @@
+"""Measurements of the contrastive operators, each a row."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from bench import rows
+from bench.baselines import contrastive_peers, four_products, siglip_peers
+from bench.measure import interleaved, peak_mib
+
+SCALE, BIAS = 14.3, -10.0
+# Mean cosine of pairs and of non-pairs.
+COSINES = {"random": (0.0, 0.0), "clip-like": (0.38, 0.07), "converged": (0.94, 0.05)}
+# Measured rate of the 8192^3 bf16 product on an H200.
+H200_TFLOPS = 788.0
+
+
+def features(B: int, D: int, dtype: torch.dtype, device: torch.device, scalars: int = 1) -> tuple[Tensor, ...]:
+    """Unit features (B, D) of image and text, and scale (and bias); fresh, and all learn."""
+    pair = (F.normalize(torch.randn(B, D, device=device), dim=1).to(dtype) for _ in "it")
+    values = (torch.tensor([value], device=device) for value in (SCALE, BIAS)[:scalars])
+    return tuple(x.requires_grad_() for x in (*pair, *values))
+
+
+def step(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+    """Forward and backward with new gradients; 16-bit features meet the fp32 scale under autocast."""
+    x = inputs[0]
+
+    def run() -> None:
+        with torch.autocast(x.device.type, x.dtype if x.dtype != torch.float32 else None, x.dtype != torch.float32):
+            value = loss(*inputs)
+        torch.autograd.grad(value, inputs)
+
+    return run
+
+
+def forward(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    return lambda: loss(*inputs)
+
+
+def measure_itc(
+    B: int,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    rounds: int,
+    peers: bool = True,
+    memory: bool = True,
+    file: str | None = None,
+) -> list[dict[str, Any]]:
+    """Time, memory and share of the limit of the contrastive loss and what it is compared with, on the same inputs."""
+    inputs = features(B, D, dtype, device)
+    losses: dict[str, Callable[..., Tensor]] = {"ours": kernels.fused_itc_loss}
+    if peers:
+        losses |= contrastive_peers(device)
+    return _measure("fused_itc_loss", losses, inputs, 4, rounds, memory, file)
+
+
+def measure_siglip(
+    B: int,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    rounds: int,
+    memory: bool = True,
+    file: str | None = None,
+) -> list[dict[str, Any]]:
+    """As `measure_itc`, for the sigmoid loss."""
+    losses = {"ours": kernels.fused_siglip_loss} | siglip_peers(device)
+    return _measure("fused_siglip_loss", losses, features(B, D, dtype, device, 2), 3, rounds, memory, file)
+
+
+def _measure(
+    operator: str, losses: dict, inputs: tuple[Tensor, ...], products: int, rounds: int, memory: bool, file: str | None
+) -> list[dict[str, Any]]:
+    B, D = inputs[0].shape
+    device = inputs[0].device
+    steps, failed = _working(losses, inputs)
+    cases = {name: step(losses[name], inputs) for name in steps}
+    cases |= {f"{name} forward": forward(losses[name], inputs) for name in steps if name == "ours"}
+    if device.type == "cpu":
+        cases["products"] = four_products(*(x.detach() for x in inputs[:2]))
+    timings = interleaved(cases, rounds)
+    flop = products * 2 * B * B * D
+    measured = []
+    for name, timing in timings.items():
+        row = {"operator": operator, "case": name, "B": B, "D": D, "dtype": str(inputs[0].dtype).removeprefix("torch.")}
+        row |= timing._asdict()
+        if device.type == "cuda":
+            share = flop / (timing.p50_ms * 1e-3) / (H200_TFLOPS * 1e12)
+            row["share_of_limit"] = share * (0.25 if name.endswith("forward") else 1.0)
+        elif products == 4 and name != "products":
+            row["over_products"] = timing.p50_ms / timings["products"].p50_ms
+        if memory and name in steps:
+            row["peak_mib"] = peak_mib(cases[name]) - _mib(inputs)
+        measured.append(row)
+    measured += [{"operator": operator, "case": name, "B": B, "D": D, "error": text} for name, text in failed.items()]
+    return [rows.write(file, **row) for row in measured] if file else measured
+
+
+def _mib(gradients: tuple[Tensor, ...]) -> float:
+    """The gradients that a step returns are no overhead."""
+    return sum(x.numel() * x.element_size() for x in gradients) / 2**20
+
+
+def _working(losses: dict, inputs: tuple[Tensor, ...]) -> tuple[list[str], dict[str, str]]:
+    """Names of the losses that run on these inputs, and why others do not."""
+    working, failed = [], {}
+    for name, loss in losses.items():
+        try:
+            step(loss, inputs)()
+            working.append(name)
+        except Exception as reason:  # a peer may break in any way; the row says how
+            if name == "ours":
+                raise
+            failed[name] = f"{type(reason).__name__}: {str(reason).splitlines()[0][:160] if str(reason) else ''}"
+            if inputs[0].is_cuda:
+                torch.cuda.empty_cache()
+    return working, failed
+
+
+def measure_graph(B: int, D: int, device: torch.device, *, rounds: int, file: str | None) -> list[dict[str, Any]]:
+    """Replay of a captured step, ours and the compiled composition."""
+    inputs = features(B, D, torch.bfloat16, device)
+    cases = {}
+    for name, loss in {"ours": kernels.fused_itc_loss, "compiled": contrastive_peers(device)["compiled"]}.items():
+        run = step(loss, inputs)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        cases[name] = graph.replay
+    timings = interleaved(cases, rounds)
+    return [
+        rows.write(file, operator="fused_itc_loss", case=f"{name}, graph", B=B, D=D, dtype="bfloat16", **t._asdict())
+        for name, t in timings.items()
+    ]
+
+
+def gradient_errors(B: int, D: int, scale: float, device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """(regime, error of ours, error of the plain composition) of the gradients under bf16 autocast, against fp64."""
+    from kernels import reference
+
+    for name, (positive, negative) in {
+        "random": (0.0, 0.0),
+        "clip-like": (0.38, 0.07),
+        "converged": (0.94, 0.05),
+    }.items():
+        pair = [x.bfloat16().float() for x in _correlated(B, D, positive, negative, device)]
+        inputs = [x.requires_grad_() for x in (*pair, torch.tensor([scale], device=device))]
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        truth = torch.autograd.grad(reference.itc_loss(*exact), exact)[0]
+        found = []
+        for loss in (kernels.fused_itc_loss, contrastive_peers(device)["eager"]):
+            with torch.autocast(device.type, torch.bfloat16):
+                value = loss(*inputs)
+            gradient = torch.autograd.grad(value, inputs)[0]
+            found.append(((gradient - truth).norm() / truth.norm()).item())
+        yield name, *found
+
+
+def _correlated(B: int, D: int, positive: float, negative: float, device: torch.device) -> list[Tensor]:
+    cone, pair, *noise = (F.normalize(torch.randn(n, D, device=device), dim=1) for n in (1, B, B, B))
+    parts = math.sqrt(negative), math.sqrt(positive - negative), math.sqrt(1 - positive)
+    return [F.normalize(parts[0] * cone + parts[1] * pair + parts[2] * rest, dim=1) for rest in noise]

@@ -1,0 +1,96 @@
+"""Time and peak memory of callables, interleaved so that all meet the same machine."""
+
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+MIB = 2**20
+
+
+class Timing(NamedTuple):
+    """Quantiles over the rounds."""
+
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+
+
+def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Quantiles of each callable's time: one call of each per round, after one round that is not counted.
+
+    With a GPU the device's time between two events; without one, and on one thread, the processor's time, which other
+    processes of the machine do not lengthen; else the wall clock's.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in cases}
+    for measured in [False] + [True] * rounds:
+        for name, call in cases.items():
+            elapsed = _device_ms(call) if torch.cuda.is_available() else _host_ms(call)
+            if measured:
+                samples[name].append(elapsed)
+    return {name: _quantiles(values) for name, values in samples.items()}
+
+
+def peak_mib(call: Callable[[], object]) -> float:
+    """Largest memory held during the call above what is held before."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        del result
+        return (peak - before) / MIB
+    return _forked_peak_mib(call)
+
+
+def _forked_peak_mib(call: Callable[[], object]) -> float:
+    """In a forked process with one thread, from its resident set."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        status = 1
+        try:
+            call()
+            after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            os.write(send, f"{(after - before) / 1024}".encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(send)
+    with os.fdopen(receive) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    if not answer:
+        raise MemoryError("the measured call did not finish")
+    return float(answer)
+
+
+def _device_ms(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _host_ms(call: Callable[[], object]) -> float:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    call()
+    return (clock() - start) * 1e3
+
+
+def _quantiles(values: list[float]) -> Timing:
+    if len(values) == 1:
+        return Timing(*values * 3)
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return Timing(tenths[1], statistics.median(values), tenths[7])

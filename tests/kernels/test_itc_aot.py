@@ -1,0 +1,36 @@
+import pytest
+
+from tests.kernels.tritons import TRITONS, rows_of
+
+# Of one program on an A100 and on an H200.
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+PRODUCTS = {"_sums_kernel", "_gradient_kernel", "_sigmoid_kernel"}
+
+
+def check(row):
+    assert row["shared"] <= SHARED_BYTES[row["architecture"]], row
+    spills = row["stack"], row["instructions"]["LDL"], row["instructions"]["STL"]
+    assert spills == (0, 0, 0), row
+    if row["kernel"] in PRODUCTS | {"_online_kernel"} and row["itemsize"] == 2:
+        tensor_cores = "HGMMA" if row["architecture"] == 90 else "HMMA"
+        assert row["instructions"][tensor_cores] > 0, row
+        # Operands reach shared memory by TMA, or by asynchronous copies where their rows are aligned.
+        loads = row["instructions"]["UTMALDG" if row["options"]["TMA"] else "LDGSTS"]
+        assert loads > 0 or not row["aligned"], row
+
+
+@pytest.mark.parametrize("triton", TRITONS)
+def test_shipped_shape_compiles(triton):
+    rows = rows_of("tests.kernels.aot_itc", "few", triton=triton)
+    assert {(row["kernel"], row["architecture"]) for row in rows} >= {(k, a) for k in PRODUCTS for a in (80, 90)}
+    for row in rows:
+        check(row)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("triton", TRITONS)
+def test_every_tile_compiles(triton):
+    rows = rows_of("tests.kernels.aot_itc", "all", triton=triton)
+    assert {row["kernel"] for row in rows} >= PRODUCTS | {"_online_kernel", "_prologue_kernel", "_epilogue_kernel"}
+    for row in rows:
+        check(row)

@@ -1,0 +1,19 @@
+import pytest
+
+from tests.kernels.tritons import TRITONS, rows_of
+
+# Of the tensor's norm: a few roundings of fp32.
+FLOOR = 1e-6
+
+
+@pytest.mark.parametrize("triton", TRITONS)
+def test_kernels_in_the_interpreter(triton):
+    rows = rows_of("tests.kernels.interpreted_itc", triton=triton, interpret=True)
+    assert len(rows) >= 18
+    for row in rows:
+        for error, budget, rounding in zip(row["errors"], row["budget"], row["rounding"]):
+            # The interpreter's products of transposed tiles differ in their last bit: a rounding of the logits.
+            logits = 2.0**-24 * row["largest_logit"]
+            # fp16: G is rounded once to 11 bits, before a sum with fp32 accumulation.
+            product = 2.0**-11 if row.get("dtype") == "torch.float16" else 0.0
+            assert error <= max(2 * budget, rounding + product, logits, FLOOR), row
