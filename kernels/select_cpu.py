@@ -1,11 +1,13 @@
 """Attentive patch selection with torch operators.
 
-Only valid tokens are multiplied: they are packed first, so that neither padding nor a mask of similarities costs
-anything, and the similarities of one sample at a time stay in the cache.
+Blocks of samples, whose similarities stay in the cache. Only valid tokens are multiplied: they come first in a block's
+table, and shorter captions are filled up with their first one, which changes no maximum.
 """
 
 import torch
 from torch import Tensor
+
+BLOCK_SAMPLES = 8
 
 
 def select(
@@ -31,30 +33,31 @@ def select(
 
 
 def _scores(patches: Tensor, tokens: Tensor, valid: Tensor, eps: float) -> Tensor:
-    B, P, _ = patches.shape
+    B, P, D = patches.shape
+    T = tokens.shape[1]
     dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
-    counts = valid.sum(1).tolist()
-    packed = tokens[valid].to(dtype)
-    packed /= torch.linalg.vector_norm(packed, dim=1, keepdim=True).clamp_min_(eps)
-    best = patches.new_zeros(B, P, dtype=dtype)
-    if P == 0 or packed.shape[0] == 0:
+    count = valid.sum(1)
+    counts = count.tolist()
+    best = torch.zeros(B, P, dtype=dtype)
+    if P == 0 or max(counts, default=0) == 0:
         return best
-    if min(counts) == max(counts):
-        torch.amax(torch.bmm(patches.to(dtype), packed.view(B, counts[0], -1).mT), 2, out=best)
-        norm = torch.linalg.vector_norm(patches, dim=2, dtype=dtype)
-        return best.div_(norm.clamp_min_(eps)).add_(0.0)
-    similarity = torch.empty(P * max(counts), dtype=dtype)
+    order = (~valid).to(torch.uint8).sort(dim=1, stable=True).indices
+    order = torch.where(torch.arange(T) < count[:, None], order, order[:, :1])
     norm = torch.ones(B, P, dtype=dtype)
-    # (n, D) tokens of each sample
-    for v, t, s, length in zip(patches, packed.split(counts), best, norm):
-        if t.shape[0]:
-            product = similarity[: P * t.shape[0]].view(P, -1)
-            v = v.to(dtype)
-            torch.mm(v, t.mT, out=product)
-            torch.amax(product, 1, out=s)
-            torch.linalg.vector_norm(v, dim=1, out=length)
+    for start in range(0, B, BLOCK_SAMPLES):
+        samples = slice(start, start + BLOCK_SAMPLES)
+        shortest, longest = min(counts[samples]), max(counts[samples])
+        if longest == 0:
+            continue
+        v, t = patches[samples].to(dtype), tokens[samples].to(dtype)
+        if shortest < T:
+            rows = order[samples, :longest] + torch.arange(len(t))[:, None] * T
+            t = t.reshape(-1, D).index_select(0, rows.view(-1)).view(-1, longest, D)
+        t = t / torch.linalg.vector_norm(t, dim=2, keepdim=True).clamp_min_(eps)
+        torch.amax(torch.bmm(v, t.mT), 2, out=best[samples])
+        torch.linalg.vector_norm(v, dim=2, out=norm[samples])
     # -0.0 becomes 0.0
-    return best.div_(norm.clamp_min_(eps)).add_(0.0)
+    return best.div_(norm.clamp_min_(eps)).masked_fill_(count[:, None] == 0, 0.0).add_(0.0)
 
 
 def _ranks(scores: Tensor, block: int, columns: int) -> Tensor:
