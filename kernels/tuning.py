@@ -121,6 +121,7 @@ _POINTER_TILES = dict.fromkeys(_HOPPER_TILES, ContrastTile(128, 128, 32, 8, 3, F
 }
 _FP32_TILES = dict.fromkeys(_HOPPER_TILES, ContrastTile(64, 64, 32, 8, 2, False, 8, 2, UNMEASURED)) | {
     "target sums": ContrastTile(64, 32, 32, 8, 2, False, 8, 2, UNMEASURED),
+    "online": ContrastTile(64, 32, 32, 8, 2, False, 1, 2, UNMEASURED),
 }
 
 
