@@ -1,7 +1,7 @@
 """The contrastive Triton kernels in Triton's interpreter, against fp64.
 
 `TRITON_INTERPRET=1 python -m tests.kernels.interpreted_itc few|all` prints one JSON line per case: the errors of value
-and gradients, those of the reference in the dtype of the inputs, those of rounding the truth, and the largest logit. bf16
+and gradients, those of the reference in the inputs' dtype, those of rounding the truth, and the largest logit. bf16
 is left out: the interpreter's product of it is wrong.
 """
 
