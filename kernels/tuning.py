@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 UNMEASURED = "unmeasured"
+MASKING_ROWS = "bench/results/masking.jsonl"
 
 
 class Threshold(NamedTuple):
@@ -28,10 +29,10 @@ FUSED_FROM: dict[str, dict[str, Threshold]] = {
         "cpu": Threshold("cpu", 0, UNMEASURED),
         "cuda": Threshold("triton", 2048 * 2048, UNMEASURED),
     },
-    "attentive_select": {"cpu": Threshold("cpu", 0, UNMEASURED), "cuda": Threshold("triton", 0, UNMEASURED)},
-    "gather_patches": {"cpu": Threshold("cpu", 0, UNMEASURED), "cuda": Threshold("triton", 0, UNMEASURED)},
-    "scatter_patches": {"cpu": Threshold("cpu", 0, UNMEASURED), "cuda": Threshold("triton", 0, UNMEASURED)},
-    "masked_patch_loss": {"cpu": Threshold("cpu", 0, UNMEASURED), "cuda": Threshold("triton", 0, UNMEASURED)},
+    "attentive_select": {"cpu": Threshold("cpu", 0, MASKING_ROWS), "cuda": Threshold("triton", 0, UNMEASURED)},
+    "gather_patches": {"cpu": Threshold("cpu", 0, MASKING_ROWS), "cuda": Threshold("triton", 0, UNMEASURED)},
+    "scatter_patches": {"cpu": Threshold("cpu", 0, MASKING_ROWS), "cuda": Threshold("triton", 0, UNMEASURED)},
+    "masked_patch_loss": {"cpu": Threshold("cpu", 0, MASKING_ROWS), "cuda": Threshold("triton", 0, UNMEASURED)},
 }
 
 
