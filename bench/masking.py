@@ -151,10 +151,9 @@ def copy_gbytes_per_second(device: torch.device) -> float:
     return 2 * source.nbytes / timing.p50_ms / 1e6
 
 
-def main() -> None:
-    """Measure all cases and append their rows: correctness first, contestants in turns."""
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
+def measure(device: torch.device, file: str) -> None:
+    """Measure all cases and append their rows to a result file: correctness first, contestants in turns."""
+    gpu = device.type == "cuda"
     B, dtype, fused = (2048, torch.bfloat16, "triton") if gpu else (64, torch.float32, "cpu")
     bandwidth = copy_gbytes_per_second(device)
     for case in cases(B, device, dtype, fused):
@@ -166,7 +165,7 @@ def main() -> None:
         for name, timing in timings.items():
             rate = case.bytes_moved / timing.p50_ms / 1e6
             row = rows_file.write(
-                "masking",
+                file,
                 operator=case.name,
                 implementation=name,
                 batch=B,
@@ -183,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "masking")
