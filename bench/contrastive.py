@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ def measure_itc(
     """Time, memory and share of the limit of the contrastive loss and what it is compared with, on the same inputs."""
     inputs = features(B, D, dtype, device)
     losses: dict[str, Callable[..., Tensor]] = {"ours": kernels.fused_itc_loss}
+    if "gluon" in kernels.implementations("fused_itc_loss"):
+        losses["ours, gluon"] = partial(kernels.fused_itc_loss, impl="gluon")
     if peers:
         losses |= contrastive_peers(device)
     return _measure("fused_itc_loss", losses, inputs, 4, rounds, memory, file)
@@ -84,7 +87,7 @@ def _measure(
     device = inputs[0].device
     steps, failed = _working(losses, inputs)
     cases = {name: step(losses[name], inputs) for name in steps}
-    cases |= {f"{name} forward": forward(losses[name], inputs) for name in steps if name == "ours"}
+    cases |= {f"{name} forward": forward(losses[name], inputs) for name in steps if name.startswith("ours")}
     if device.type == "cpu":
         cases["products"] = four_products(*(x.detach() for x in inputs[:2]))
     timings = interleaved(cases, rounds)

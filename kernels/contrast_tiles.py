@@ -15,7 +15,7 @@ def tile_for(kernel: str, *operands: torch.Tensor) -> tuning.ContrastTile:
     if dispatch.interpreting():
         return INTERPRETED_TILE
     capability = torch.cuda.get_device_capability(operands[0].device)
-    describable = all(_describable(x) for x in operands)
+    describable = all(describable(x) for x in operands)
     return tuning.contrast_tile(kernel, capability, operands[0].element_size(), describable)
 
 
@@ -45,7 +45,7 @@ def operand(x: torch.Tensor, tile: tuning.ContrastTile, block_rows: int):
     return TensorDescriptor.from_tensor(x, [block_rows, tile.block_d])
 
 
-def _describable(x: torch.Tensor) -> bool:
+def describable(x: torch.Tensor) -> bool:
     """Whether a TMA descriptor can be made of the tensor."""
     pitch = x.stride(0) * x.element_size()
     return x.shape[0] > 0 and x.stride(1) == 1 and pitch > 0 and pitch % 16 == 0 and x.data_ptr() % 16 == 0

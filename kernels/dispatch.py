@@ -14,7 +14,7 @@ from kernels import tuning
 
 # Order of preference is tuning's business; this is the order in which `implementations` lists them.
 OPERATORS: dict[str, tuple[str, ...]] = {
-    "fused_itc_loss": ("reference", "cpu", "triton"),
+    "fused_itc_loss": ("reference", "cpu", "triton", "gluon"),
     "fused_siglip_loss": ("reference", "cpu", "triton"),
     "attentive_select": ("reference", "cpu", "triton"),
     "gather_patches": ("reference", "cpu", "triton"),
@@ -90,6 +90,8 @@ def _obstacle(impl: str, device: torch.device | None) -> str | None:
     """Why an implementation cannot run on `device` (None: on any device of this process), or None if it can."""
     if impl == "cpu" and device is not None and device.type != "cpu":
         return f"needs CPU tensors, got {device}"
+    if impl == "gluon":
+        return _gluon_obstacle(device)
     if impl == "triton":
         if not has_triton():
             return "needs the package triton"
@@ -103,3 +105,12 @@ def _obstacle(impl: str, device: torch.device | None) -> str | None:
             return None if torch.cuda.is_available() else "needs a CUDA device or TRITON_INTERPRET=1"
         return None if device.type == "cuda" else f"needs CUDA tensors or TRITON_INTERPRET=1, got {device}"
     return None
+
+
+def _gluon_obstacle(device: torch.device | None) -> str | None:
+    if not has_triton():
+        return "needs the package triton"
+    if interpreting() or not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+        return f"needs CUDA tensors, and Triton's compiler, got {device}"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability[0] == 9 else f"needs compute capability 9, got {capability[0]}.{capability[1]}"

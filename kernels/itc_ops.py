@@ -16,6 +16,8 @@ def _run(impl: str, part: str, *args) -> tuple[Tensor, ...]:
     """One part of an implementation, out of autocast's reach: its dtype is an argument."""
     if impl == "triton":
         from kernels import itc_triton as implementation
+    elif impl == "gluon":
+        from kernels import itc_gluon as implementation
     else:
         from kernels import itc_cpu as implementation
     with torch.autocast(args[0].device.type, enabled=False):

@@ -126,6 +126,10 @@ _FP32_TILES = dict.fromkeys(_HOPPER_TILES, ContrastTile(64, 64, 32, 8, 2, False,
 }
 
 
+# Of the kernel with specialised warps; its stages are buffers of both operands.
+GLUON_SUMS = ContrastTile(64, 256, 64, 4, 5, True, 16, 1, UNMEASURED)
+
+
 def contrast_tile(kernel: str, capability: tuple[int, int], itemsize: int, describable: bool) -> ContrastTile:
     """Tile of a contrastive kernel on a device; `describable` says that TMA can read the operands."""
     if itemsize == 4:

@@ -15,6 +15,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 TYPES = {
@@ -26,9 +28,8 @@ TYPES = {
     torch.uint8: "u8",
 }
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
-# Shared memory of one program, and multiprocessors, of an A100 and an H200.
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL", "USETMAXREG")
+# Multiprocessors of an A100 and an H200.
 PROCESSORS = {80: 108, 90: 132}
 
 
@@ -69,6 +70,8 @@ def compile_launch(kernel, args, options, architecture):
             attributes[(place,)] = [["tt.divisibility", 16]]
         elif isinstance(value, TensorDescriptor):
             signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, GluonDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
         elif value is None or name in constant_names or (value == 1 and isinstance(value, int)):
             signature[name] = "constexpr"
             constants[(place,)] = value
@@ -78,7 +81,8 @@ def compile_launch(kernel, args, options, architecture):
             signature[name] = "i32"
             if value % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     launch = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
     constexprs = {name: value for name, value in values.items() if name in constant_names}

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from kernels import contrast_triton, itc_triton, itc_triton_fwd, siglip_triton
+from kernels import contrast_triton, itc_gluon, itc_triton, itc_triton_fwd, siglip_triton
 from tests.kernels.aot import compile_launch, recorded
 
 # The widths that the tiles are chosen for; one past a multiple of 16 bytes takes the kernels that read by pointers.
@@ -32,8 +32,11 @@ def cases(every):
 def launches(every):
     seen = set()
     for architecture, D, dtype, with_ids in cases(every):
-        with recorded(architecture, contrast_triton, itc_triton, itc_triton_fwd, siglip_triton) as recorders:
+        modules = contrast_triton, itc_gluon, itc_triton, itc_triton_fwd, siglip_triton
+        with recorded(architecture, *modules) as recorders:
             _launch(D, dtype, with_ids, every)
+            if architecture == 90:
+                _launch_specialised(D, dtype)
         for recorder in recorders:
             for args, options in recorder.launches:
                 kinds = [
@@ -61,6 +64,11 @@ def _launch(D, dtype, with_ids, every):
         contrast_triton.finish(torch.ones(304, D), image, text, torch.ones(304), scale, scale, 1.5, 0, 0)
     if not with_ids:
         assert list(siglip_triton.blocks(image, text, scale, scale, 0, 1.5, True))
+
+
+def _launch_specialised(D, dtype):
+    features, scalar = torch.ones(304, D, dtype=dtype), torch.ones(())
+    itc_gluon.sums(features, features, scalar, scalar, None, None, None, 0.0, 0, dtype, 0)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,16 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 SCALE = 14.3
 
 
-def compare(features, scale, dtype=torch.float32, autocast=False, **options):
+IMPLEMENTATIONS = [name for name in kernels.implementations("fused_itc_loss") if name in ("triton", "gluon")]
+
+
+def compare(features, scale, dtype=torch.float32, autocast=False, impl="triton", **options):
     """Errors of ours and of the plain composition."""
     inputs = [x.to("cuda", dtype) for x in features] + [torch.tensor([scale], device="cuda")]
     shared = {key: value for key, value in options.items() if key != "scratch_bytes"}
     exact = with_gradients(lambda *x: reference.itc_loss(*x, **shared), *(x.double() for x in inputs))
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        got = with_gradients(lambda *x: kernels.fused_itc_loss(*x, impl="triton", **options), *inputs)
+        got = with_gradients(lambda *x: kernels.fused_itc_loss(*x, impl=impl, **options), *inputs)
         plain = with_gradients(lambda *x: reference.itc_loss(*x, **shared), *inputs)
     assert all(x.isfinite().all() for x in got)
     return errors(got, exact), errors(plain, exact)
@@ -26,9 +29,10 @@ def compare(features, scale, dtype=torch.float32, autocast=False, **options):
 # Widths that TMA describes, and one that it does not; past one tile, past one row of tiles, the limit.
 @pytest.mark.parametrize(("B", "D"), [(1, 1), (129, 65), (1000, 256), (2500, 640), (4096, 768), (300, 4096)])
 @pytest.mark.parametrize("scale", [14.3, 100.0])
-def test_bf16_under_autocast(B, D, scale):
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_bf16_under_autocast(B, D, scale, impl):
     features = [x.bfloat16().float() for x in (correlated(B, D, 0.38, 0.07) if D > 1 else torch.randn(2, B, D))]
-    got, plain = compare(features, scale, autocast=True)
+    got, plain = compare(features, scale, autocast=True, impl=impl)
     assert all(mine <= max(theirs, BARS[torch.bfloat16, scale]) for mine, theirs in zip(got, plain))
 
 
@@ -60,9 +64,10 @@ def test_blocks_of_scratch():
     assert max(got) <= BARS[torch.float32, SCALE]
 
 
-def test_runs_are_bitwise_equal():
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_runs_are_bitwise_equal(impl):
     inputs = [x.to("cuda", torch.bfloat16).requires_grad_() for x in correlated(4096, 256, 0.4, 0.1)]
-    runs = [torch.autograd.grad(kernels.fused_itc_loss(*inputs, SCALE, impl="triton"), inputs) for _ in range(100)]
+    runs = [torch.autograd.grad(kernels.fused_itc_loss(*inputs, SCALE, impl=impl), inputs) for _ in range(100)]
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0]))
 
 
