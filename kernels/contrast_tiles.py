@@ -15,8 +15,8 @@ def tile_for(kernel: str, *operands: torch.Tensor) -> tuning.ContrastTile:
     if dispatch.interpreting():
         return INTERPRETED_TILE
     capability = torch.cuda.get_device_capability(operands[0].device)
-    describable = all(describable(x) for x in operands)
-    return tuning.contrast_tile(kernel, capability, operands[0].element_size(), describable)
+    by_descriptor = all(describable(x) for x in operands)
+    return tuning.contrast_tile(kernel, capability, operands[0].element_size(), by_descriptor)
 
 
 def processors(x: torch.Tensor) -> int:

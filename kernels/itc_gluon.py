@@ -27,7 +27,7 @@ __all__ = ["grads", "online", "prologue", "sums"]
 group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 GROUPS = 2
 GROUP_WARPS = 4
-PRODUCER_REGISTERS, GROUP_REGISTERS = 40, 232
+PRODUCER_REGISTERS, GROUP_REGISTERS = 24, 240
 
 
 @gluon.jit
