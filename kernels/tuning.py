@@ -127,7 +127,7 @@ _FP32_TILES = dict.fromkeys(_HOPPER_TILES, ContrastTile(64, 64, 32, 8, 2, False,
 
 
 # Of the kernel with specialised warps; its stages are buffers of both operands.
-GLUON_SUMS = ContrastTile(64, 256, 64, 4, 5, True, 16, 1, UNMEASURED)
+GLUON_SUMS = ContrastTile(128, 128, 64, 4, 6, True, 16, 1, UNMEASURED)
 
 
 def contrast_tile(kernel: str, capability: tuple[int, int], itemsize: int, describable: bool) -> ContrastTile:
