@@ -43,7 +43,7 @@ def test_round_trip(name):
         ("mask_ratio", 0.5, "mask_ratio: unknown key; did you mean 'masking.mask_ratio'?"),
         ("vision.width", "128", "vision.width: input should be a valid integer, got '128'"),
         ("vision.depth", True, "vision.depth: input should be a valid integer, got True"),
-        ("vision.heads", 3, "vision.heads: 3 does not divide the width"),
+        ("vision.heads", 7, "vision.heads: 7 does not divide the width"),
         ("vision.patch_size", 7, "vision.patch_size: 7 does not divide the image size"),
         ("text.context_length", 1, "text.context_length: at least"),
         ("text.eot_id", 0, "text.pad_id, sot_id, eot_id: must differ"),
@@ -51,7 +51,7 @@ def test_round_trip(name):
         ("masking.score_space", "locla", "masking.score_space: 'locla' is none of itc, value, local; did you mean"),
         ("masking.drop_ratio", 1.0, "masking.drop_ratio: 1 would leave"),
         ("masking.mask_ratio", 1.1, "masking.mask_ratio: must lie in 0..1"),
-        ("masking.block", 3, "masking.block: 3 does not divide the grid"),
+        ("masking.block", 5, "masking.block: 5 does not divide the grid"),
         ("loss.label_smoothing", float("nan"), "loss.label_smoothing: must lie in 0..1"),
         ("loss.itc_weight", float("inf"), "loss.itc_weight: must be at least 0"),
         ("loss.local_weight", 0.0, "loss.local_weight: 0 leaves the heads"),
@@ -95,8 +95,9 @@ def test_coca_selects_nothing():
 
 @pytest.mark.parametrize(("ratio", "block", "expected"), [(0.5, 1, 32), (0.49, 1, 31), (0.49, 2, 28), (1.0, 4, 64)])
 def test_whole_blocks_are_masked(ratio, block, expected):
-    tiny = MODEL_PRESETS["tiny"]
-    config = replace(tiny, masking=replace(tiny.masking, mask_ratio=ratio, block=block))
+    small = MODEL_PRESETS["small"]
+    assert small.vision.grid == (8, 8)
+    config = replace(small, masking=replace(small.masking, mask_ratio=ratio, block=block))
     assert config.num_masked == expected
 
 
