@@ -1,10 +1,11 @@
 """Time and peak memory of callables, interleaved so that all meet the same machine."""
 
+import ctypes
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -55,12 +56,14 @@ def _forked_peak_mib(call: Callable[[], object]) -> float:
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         status = 1
         try:
+            # Memory that was freed but is still held would hide what the call takes.
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _status_kib("VmRSS")
             call()
-            after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            os.write(send, f"{(after - before) / 1024}".encode())
+            os.write(send, f"{(_status_kib('VmHWM') - before) / 1024}".encode())
             status = 0
         finally:
             os._exit(status)
@@ -71,6 +74,13 @@ def _forked_peak_mib(call: Callable[[], object]) -> float:
     if not answer:
         raise MemoryError("the measured call did not finish")
     return float(answer)
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1])
+    raise OSError(f"no {field} in /proc/self/status")
 
 
 def _device_ms(call: Callable[[], object]) -> float:
