@@ -15,7 +15,7 @@ COLUMNS = ("operator", "case", "shape", "dtype", "p50 ms", "p20-p80 ms", "peak M
 
 def table(measured: Iterable[Row]) -> str:
     """Markdown table of the newest row of each case, shape and machine."""
-    newest = {_key(row): row for row in measured if "p50_ms" in row}
+    newest = {_key(row): row for row in map(_uniform, measured) if "p50_ms" in row}
     lines = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
     for row in sorted(newest.values(), key=lambda row: (row["machine"], row["operator"], *_shape(row), row["p50_ms"])):
         lines.append("| " + " | ".join(_cells(row)) + " |")
@@ -72,6 +72,12 @@ def main() -> int:
     return 0
 
 
+def _uniform(row: Row) -> Row:
+    """The row with the names that the table uses."""
+    names = {"implementation": "case", "batch": "B"}
+    return {names.get(name, name): value for name, value in row.items()}
+
+
 def _shape(row: Row) -> tuple:
     return tuple(row[letter] for letter in "BPKTDHV" if letter in row)
 
@@ -83,7 +89,9 @@ def _key(row: Row) -> tuple:
 def _cells(row: Row) -> list[str]:
     shape = ", ".join(f"{letter} {row[letter]}" for letter in "BPKTDHV" if letter in row)
     if "share_of_limit" in row:
-        share = f"{100 * row['share_of_limit']:.0f} % of the limit"
+        share = f"{100 * row['share_of_limit']:.0f} % of the product rate"
+    elif "copy_share" in row:
+        share = f"{100 * row['copy_share']:.0f} % of the copy rate"
     else:
         share = f"{row['over_products']:.2f} x products" if "over_products" in row else ""
     peak = f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""
