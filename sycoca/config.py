@@ -264,10 +264,10 @@ _OURS = MaskingConfig(score_space="local", ic_mask_prob=0.5, attentive_start=0.3
 MODEL_PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         embed_dim=128,
-        vision=VisionConfig(image_size=64, patch_size=8, width=128, depth=4, heads=4),
-        text=TextConfig(context_length=32, vocab_size=512, width=128, depth=3, heads=4),
-        caption_decoder=CaptionDecoderConfig(depth=2, heads=4),
-        image_decoder=ImageDecoderConfig(depth=2, width=128, heads=4),
+        vision=VisionConfig(image_size=48, patch_size=8, width=96, depth=4, heads=4),
+        text=TextConfig(context_length=28, vocab_size=512, width=96, depth=2, heads=4),
+        caption_decoder=CaptionDecoderConfig(depth=1, heads=4),
+        image_decoder=ImageDecoderConfig(depth=1, width=128, heads=4),
         masking=_OURS,
     ),
     "small": ModelConfig(
@@ -305,7 +305,7 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
 
 # Parameters of each preset, and of it without image decoder and score heads.
 PRESET_PARAMETERS: dict[str, tuple[int, int]] = {
-    "tiny": (2979650, 2383489),
+    "tiny": (1354562, 1043329),
     "small": (17511170, 15089665),
     "base_16": (271532034, 253739265),
     "coca_base": (479686093, 440336641),

@@ -86,10 +86,10 @@ PRESETS: dict[str, RunConfig] = {
     "tiny": RunConfig(
         preset="tiny",
         model=MODEL_PRESETS["tiny"],
-        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.05),
-        schedule=ScheduleConfig(warmup_steps=40),
+        optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.05),
+        schedule=ScheduleConfig(name="wsd", warmup_steps=40, decay_share=0.3),
         data=DataConfig(workers=1, tokenizer="bpe", crop_scale=None),
-        train=TrainConfig(steps=400, micro_batch=64, save_every=200, keep_last=2, precision="fp32"),
+        train=TrainConfig(steps=700, micro_batch=32, log_every=20, save_every=350, keep_last=2, precision="fp32"),
     ),
     "small": RunConfig(
         preset="small",

@@ -1,5 +1,6 @@
 """Schedules, and the clamp of the logit scale."""
 
+import itertools
 import math
 
 import pytest
@@ -22,12 +23,12 @@ def test_warm_up_is_linear_and_starts_above_zero(name):
 def test_cosine_is_half_way_at_the_middle_and_ends_at_the_final_share():
     values = factors("cosine", final_share=0.1)
     assert values[55] == pytest.approx(0.55) and values[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values[10:]))
 
 
 def test_linear_falls_evenly():
     values = factors("linear")
-    assert {round(a - b, 9) for a, b in zip(values[10:], values[11:], strict=False)} == {round(1 / 90, 9)}
+    assert {round(a - b, 9) for a, b in itertools.pairwise(values[10:])} == {round(1 / 90, 9)}
 
 
 def test_warm_up_stable_decay_is_flat_and_then_decays_over_its_share():

@@ -40,15 +40,6 @@ def _star(x, y):
     return (by * (radius * np.cos(angle) - ax) - (bx - ax) * radius * np.sin(angle)) / length
 
 
-def _heart(x, y):
-    scale = 0.6
-    u, v = np.abs(x) * scale, 0.54 - y * scale
-    lobe = np.sqrt((u - 0.25) ** 2 + (v - 0.75) ** 2) - sqrt(2) / 4
-    diagonal = 0.5 * np.maximum(u + v, 0)
-    tip = np.sqrt(np.minimum(u * u + (v - 1) ** 2, (u - diagonal) ** 2 + (v - diagonal) ** 2)) * np.sign(u - v)
-    return np.where(u + v > 1, lobe, tip) / scale
-
-
 def _ring(x, y):
     return np.abs(np.sqrt(x * x + y * y) - 0.7) - 0.26
 
@@ -58,20 +49,13 @@ def _cross(x, y):
     return np.minimum(np.maximum(x - 0.95, y - 0.32), np.maximum(x - 0.32, y - 0.95))
 
 
-def _diamond(x, y):
-    width, height = 0.68, 1.02
-    return (np.abs(x) / width + np.abs(y) / height - 1) / sqrt(1 / width**2 + 1 / height**2)
-
-
 SHAPES = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
     "star": _star,
-    "heart": _heart,
     "ring": _ring,
     "cross": _cross,
-    "diamond": _diamond,
 }
 COLOURS = {
     "red": (214, 38, 40),

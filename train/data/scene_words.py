@@ -39,7 +39,7 @@ PLACE_WORDS = {
 # ab: the relation of A to B; ba: of B to A; its: where B is, seen from A; pa, pb, pc: places.
 PAIRS = (
     "{a} {pa} and {b} {pb}",
-    "{a} {ab} {b}",
+    "{a} {pa}, {ab} {b}",
     "{pa} there is {a}, {pb} {b}",
     "{a} {pa} with {b} {its}",
     "{b} {pb} is {ba} {a}",
@@ -49,11 +49,11 @@ PAIRS = (
 )
 TRIPLES = (
     "{a} {ab} {b}, and {c} {pc}",
-    "{a}, {b} and {c} {pc}",
+    "{a} {pa}, {b} and {c} {pc}",
     "{c} {pc}, and {a} {ab} {b}",
     "{a} {pa}, {b} {pb} and {c}",
     "{pa} there is {a}, {pb} {b} and {c}",
-    "there is {a} {pa}, {b} and {c}",
+    "there is {a} {pa}, {b} {pb} and {c}",
     "{a} with {b} {its} and {c} {pc}",
     "{a} {ab} {b} {bc} {c}",
 )

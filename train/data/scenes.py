@@ -25,10 +25,12 @@ _SHAPE_NAMES = tuple(SHAPES)
 _COLOUR_NAMES = tuple(COLOURS)
 _RGB = tuple(COLOURS.values())
 # Diameters as shares of the side.
-_SMALL, _LARGE = (0.215, 0.25), (0.32, 0.375)
+_SMALL, _LARGE = (0.28, 0.33), (0.40, 0.46)
 _LARGE_SHARE, _MOST_LARGE = 0.45, 2
 _MARGIN, _GAP = 0.01, 0.012
 _TRIES = 24
+# Crowded scenes are laid out again, each time with smaller objects.
+_LAYOUTS, _SHRINK = 6, 0.94
 _LAYOUT, _PLACES, _CAPTION, _QUESTION, _GROUND = range(1, 6)
 
 
@@ -65,11 +67,12 @@ def _clearance(x: float, y: float, diameter: float, placed) -> float:
     )
 
 
-def _places(diameters: list[float], key: int) -> list[tuple[float, float]]:
-    """Centres that keep the boxes apart; the largest are placed first."""
+def _places(diameters: list[float], key: int) -> tuple[list[tuple[float, float]], float]:
+    """Centres that keep the boxes apart, the largest placed first, and the smallest gap between two boxes."""
     places: list[tuple[float, float]] = [(0.0, 0.0)] * len(diameters)
     placed: list[tuple[float, float, float]] = []
     draws = uniforms(key, 2 * _TRIES * len(diameters)).tolist()
+    worst = 1.0
     for rank, index in enumerate(sorted(range(len(diameters)), key=lambda i: -diameters[i])):
         diameter = diameters[index]
         low = diameter / 2 + _MARGIN
@@ -84,7 +87,8 @@ def _places(diameters: list[float], key: int) -> list[tuple[float, float]]:
                 break
         places[index] = best
         placed.append((*best, diameter))
-    return places
+        worst = min(worst, best_gap)
+    return places, worst
 
 
 def make_scene(seed: int, index: int) -> Scene:
@@ -99,8 +103,8 @@ def make_scene(seed: int, index: int) -> Scene:
     """
     key = mix(seed, index)
     draws = iter(uniforms(mix(key, _LAYOUT), 64).tolist())
-    described = 2 if next(draws) < 0.6 else 3
-    count = described + (1 if next(draws) < 0.5 else 2)
+    described = 2 if next(draws) < 0.7 else 3
+    count = described + (1 if next(draws) < 0.8 else 2)
     kinds = _kinds(count, draws)
     large = []
     for _ in range(count):
@@ -110,7 +114,11 @@ def make_scene(seed: int, index: int) -> Scene:
         low, high = _LARGE if is_large else _SMALL
         diameters.append(low + (high - low) * next(draws))
     things, figures = [], []
-    places = _places(diameters, mix(key, _PLACES))
+    for layout in range(_LAYOUTS):
+        places, gap = _places(diameters, mix(key, _PLACES, layout))
+        if gap >= 0:
+            break
+        diameters = [diameter * _SHRINK for diameter in diameters]
     for (shape, colour), is_large, diameter, (x, y) in zip(kinds, large, diameters, places):
         angle = (next(draws) - 0.5) * 0.35
         rgb = tuple(min(255.0, max(0.0, value + (next(draws) - 0.5) * 24)) for value in _RGB[colour])
@@ -120,7 +128,7 @@ def make_scene(seed: int, index: int) -> Scene:
     background = BACKGROUNDS[int(ground[0] * len(BACKGROUNDS))]
     level = 105 + 60 * ground[1]
     base = tuple(level + (value - 0.5) * 44 for value in ground[2:5])
-    strength = (8 + 10 * ground[5]) * (1 if ground[6] < 0.5 else -1)
+    strength = (7 + 7 * ground[5]) * (1 if ground[6] < 0.5 else -1)
     tint = tuple(strength * (0.6 + 0.8 * value) for value in ground[7:10])
     return Scene(tuple(things), tuple(figures), described, background, base, tint, ground[10:])
 

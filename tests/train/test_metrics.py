@@ -1,0 +1,54 @@
+"""Rows, averages and what a resumed run drops."""
+
+import json
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from train.metrics import LOSS_NAMES, RunLog, Timing, format_figures, truncate_after
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def values(start: float):
+    return [torch.tensor(start + i) for i in range(len(LOSS_NAMES))]
+
+
+def test_every_step_has_a_row_and_the_device_is_read_every_few(tmp_path, capsys):
+    log = RunLog(tmp_path, total_steps=5, first_step=0, every=2)
+    for step in range(5):
+        log.step(step, values(step), {"lr": 0.1, "grad_norm": torch.tensor(2.0)}, Timing(0.1, 0.4, 8))
+    log.close()
+    found = rows(tmp_path)
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
+    assert found[2] == {"step": 3, **dict(zip(LOSS_NAMES, range(2, 8), strict=True)), "lr": 0.1, "grad_norm": 2.0}
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and "20 pairs/s" in lines[0] and "data wait 25%" in lines[0]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_rows_behind_the_resumed_step_are_written_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    truncate_after(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_losses_are_averaged_over_the_ranks_and_written_once(tmp_path):
+    def work(rank, world):
+        log = RunLog(tmp_path, total_steps=1, first_step=0, every=1, group=torch.distributed.group.WORLD)
+        log.step(0, values(10.0 * rank), {"lr": 1.0, "grad_norm": 1.0}, Timing(0.0, 1.0, 4))
+        log.close()
+
+    run_ranks(work, 2)
+    (row,) = rows(tmp_path)
+    assert row["loss"] == pytest.approx(5.0) and row["local"] == pytest.approx(9.0)
+
+
+def test_the_line_of_figures_names_what_it_shows():
+    row = {"itc": 1.0, "caption": 2.0, "tgmim": 0.5, "lr": 1e-3, "grad_norm": 3.0, "pairs_per_s": 90.0}
+    line = format_figures(row | {"data_wait": 0.01, "memory_gib": 0.5})
+    assert line == "itc 1.000  caption 2.000  tgmim 0.500  lr 1.0e-03  |g| 3.00  90 pairs/s  data wait 1%  0.5 GiB"
