@@ -49,9 +49,6 @@ def test_auto_takes_the_fused_form_from_its_size_on():
 
 
 def test_import_is_torch_only():
-    program = "import sys, kernels; print([m for m in ('triton', 'numpy', 'sycoca', 'deepspeed') if m in sys.modules])"
+    program = "import sys, kernels; print([m for m in ('triton', 'sycoca', 'deepspeed') if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    without = subprocess.run(
-        [sys.executable, "-c", program.replace("kernels; ", "torch; ")], capture_output=True, text=True, check=True
-    ).stdout
-    assert loaded == without
+    assert loaded.strip() == "[]"
