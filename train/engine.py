@@ -9,6 +9,8 @@ import logging
 import os
 import warnings
 
+from sycoca.config import ConfigError
+
 
 def quiet_environment(has_cuda: bool) -> None:
     """Keeps other libraries' start-up chatter off the terminal. Warnings about what this project calls still show."""
@@ -56,7 +58,11 @@ def import_deepspeed():
 
 
 def start_process_group(deepspeed, has_cuda: bool, timeout_s: float) -> None:
-    """Joins the launcher's process group, or makes one of this process alone when nothing launched it."""
+    """Joins the launcher's process group, or makes one of this process alone when nothing launched it.
+
+    Raises:
+        ConfigError: the launcher's port is taken.
+    """
     from datetime import timedelta
 
     import torch
@@ -74,7 +80,15 @@ def start_process_group(deepspeed, has_cuda: bool, timeout_s: float) -> None:
     if world == 1 and "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
     backend = "nccl" if has_cuda else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise ConfigError(
+            f"port {port} is taken, by another run perhaps; name one: deepspeed --master_port N"
+        ) from None
 
 
 def _cores() -> int:

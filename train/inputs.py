@@ -55,6 +55,15 @@ class Inputs(NamedTuple):
             # Only a stand-in for an unreadable image can bring the same sample twice, and scenes have none.
             yield batch._replace(ids=None) if self.train.fresh else batch
 
+    def left_out(self) -> str:
+        """What this run could not use, by cause, over all ranks; empty if nothing. All ranks call it."""
+        parts = [None] * self.world
+        dist.all_gather_object(parts, self.train.skipped.samples)
+        for part in parts:
+            for key, cause in part.items():
+                self.train.skipped.sample(key, cause)
+        return self.train.skipped.line()
+
 
 def open_inputs(launch: Launch, *, rank: int, world: int) -> Inputs:
     """Opens the sources, makes the run's folder and its tokenizer. All ranks call it.

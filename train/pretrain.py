@@ -73,6 +73,8 @@ def pretrain(launch: Launch) -> None:
         if (step + 1) % train.save_every == 0 or step + 1 == inputs.total_steps:
             save_checkpoint(engine, run_dir, step=step + 1, keep=train.keep_last)
     log.close()
+    if line := inputs.left_out():
+        log.say(line)
     evaluate_at_end(engine, launch, inputs, device, group)
     dist.destroy_process_group()
 
@@ -89,7 +91,6 @@ def start_line(launch: Launch, model, inputs, world: int, first_step: int) -> st
         f"batch {train.micro_batch} x {train.accumulation} x {world}, {inputs.total_steps} steps",
         f"data: {data.train}, {len(inputs.train)} samples, {len(inputs.val)} held out; run folder: {launch.run_dir}",
         *launch.notes,
-        *filter(None, [inputs.train.skipped.line()]),
     ]
     return "\n".join(lines)
 

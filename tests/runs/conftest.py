@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,13 @@ def command(checkout):
         return Done(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+def free_port() -> int:
+    """A port for the launcher, so that two runs on one machine do not meet."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def metric_rows(run_dir: Path) -> list[dict]:

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.runs.conftest import metric_rows
+from tests.runs.conftest import free_port, metric_rows
 
 pytestmark = pytest.mark.run
 SIZES = (
@@ -34,6 +34,7 @@ def test_resumed_losses_are_those_of_the_uninterrupted_run(command, tmp_path, la
     import torch
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    launcher = launcher.replace("deepspeed", f"deepspeed --master_port {free_port()}")
     base = f"{launcher} train/pretrain.py --config ds_zero{stage}.json"
     done = command(f"{base} --data '{source}' --run-dir {whole} {SIZES}")
     assert done.code == 0, done.err[-3000:]
