@@ -3,6 +3,8 @@
 # make test-runs   whole commands: the main job, resume, what the README shows
 # make test-full   every documented command at full length
 # make check       style
+# make bench       benchmarks at the sizes of this machine
+# make gpu-test, gpu-bench   on a machine with a CUDA device and its own environment: tests, then every measurement
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +14,7 @@ SECOND_TRITON := 3.6.0
 export TRITON_ALT := $(CURDIR)/$(VENV)/triton-$(SECOND_TRITON)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train test test-runs test-full check bench clean
+.PHONY: setup train test test-runs test-full check bench gpu-test gpu-bench clean
 
 train: $(VENV)/.ready
 	deepspeed train/pretrain.py --config ds_zero2.json
@@ -32,6 +34,12 @@ check: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	python -m pytest bench/ --benchmark-only
+
+gpu-test:
+	$(PYTHON) -m pytest tests -m gpu
+
+gpu-bench:
+	$(PYTHON) -m bench.gpu
 
 setup: $(VENV)/.ready $(VENV)/.triton
 

@@ -1,6 +1,8 @@
 """Every command of the README is executed: as it stands, or with the options named here that make it short."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,15 @@ def readme_commands() -> list[str]:
 
 def test_every_command_of_the_readme_is_accounted_for():
     assert set(readme_commands()) <= COMMANDS.keys()
+
+
+def test_the_python_of_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    whole = [block for block in blocks if block.startswith("import")]
+    assert whole
+    for block in whole:
+        done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
