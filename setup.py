@@ -2,13 +2,13 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAIN = ["deepspeed>=0.19,<0.20", "psutil", "rich", "tensorboard", "matplotlib", "webdataset>=1.0"]
+TRAIN = ["deepspeed>=0.19,<0.20", "psutil", "rich", "tensorboard", "matplotlib"]
 OPENCLIP = ["open_clip_torch>=3.3"]
 
 setup(
     name="sycoca",
     version="0.1.0",
-    description="SyCoCa and X-VLM with Triton kernels under DeepSpeed ZeRO",
+    description="SyCoCa with Triton kernels under DeepSpeed ZeRO",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

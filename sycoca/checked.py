@@ -87,4 +87,4 @@ def _one_line(cls: type, error: ValidationError) -> str:
 class Strict:
     """Base of a configuration dataclass: a key that it does not declare is an error."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)

@@ -3,7 +3,8 @@
     caption:  sum_n lse(W x_n) - (W x_n)[y_n]
     local:    s_ab = mean_p max_t <v_ap, w_bt>,  r_ab = mean_t max_p <v_ap, w_bt>,  cross entropy of both over b and a
 
-Every loss is a sum of this rank over (global count / ranks), so that the mean over ranks is the global loss.
+Every loss is a sum of this rank over (global count / ranks), so that the mean over ranks is the global loss. Groups of
+the local term lie within a rank; they are those of one process where their size divides every rank's pairs.
 """
 
 import torch

@@ -126,7 +126,7 @@ class Tokenizer:
         path = next((Path(f) / _CLIP_FILE for f in folders if (Path(f) / _CLIP_FILE).is_file()), None)
         if path is None:
             raise ModuleNotFoundError(
-                'tokenizer: the vocabulary of CLIP comes with open_clip_torch: pip install "sycoca[openclip]"',
+                'tokenizer: the vocabulary of CLIP comes with open_clip_torch: pip install -e ".[openclip]"',
                 name="open_clip",
             )
         with gzip.open(path, "rt", encoding="utf-8") as file:

@@ -4,14 +4,18 @@ Device tensors are kept as they are and read together every few steps, so that a
 """
 
 import json
+import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from sycoca.config import ModelConfig
 
 LOSS_NAMES = ("loss", "itc", "caption", "tgmim", "local", "mask_overlap")
 
@@ -30,13 +34,17 @@ class RunLog:
 
     Args:
         run_dir: the run's folder, existing.
+        losses: names of those that are trained, of LOSS_NAMES; the others are left out.
         total_steps: length of the run.
         first_step: where this process starts; later rows of an earlier one are dropped.
         every: steps between two readings of the device.
         group: process group over which losses are averaged, or None for this process alone.
     """
 
-    def __init__(self, run_dir: Path, *, total_steps: int, first_step: int, every: int, group=None):
+    def __init__(
+        self, run_dir: Path, *, losses: Sequence[str], total_steps: int, first_step: int, every: int, group=None
+    ):
+        self.losses = losses
         self.total_steps, self.every, self.group = total_steps, every, group
         self.writes = group is None or dist.get_rank(group) == 0
         self._pending: list[tuple[int, torch.Tensor, dict]] = []
@@ -49,9 +57,9 @@ class RunLog:
             self._jsonl = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
             self._run_dir = run_dir
 
-    def step(self, step: int, values: list[torch.Tensor], scalars: dict, timing: Timing) -> None:
-        """Takes one finished step: loss tensors in the order of LOSS_NAMES, host scalars, timing."""
-        self._pending.append((step, torch.stack([v.detach().float().reshape(()) for v in values]), scalars))
+    def step(self, step: int, values: torch.Tensor, scalars: dict, timing: Timing) -> None:
+        """Takes one finished step: values (6,) fp32 in the order of LOSS_NAMES, host scalars, timing."""
+        self._pending.append((step, values, scalars))
         self._timing.append(timing)
         if (step + 1) % self.every == 0 or step + 1 == self.total_steps:
             self.flush()
@@ -71,9 +79,9 @@ class RunLog:
         if not self.writes:
             return
         for (step, _, scalars), values in zip(pending, losses, strict=True):
-            row = {"step": step + 1, **dict(zip(LOSS_NAMES, values, strict=True)), **_floats(scalars)}
-            row = {name: value for name, value in row.items() if value == value}  # NaN marks an absent loss
-            last = row
+            named = dict(zip(LOSS_NAMES, values, strict=True))
+            last = row = {"step": step + 1, **{name: _finite(named[name]) for name in self.losses}}
+            row.update((name, _finite(value)) for name, value in scalars.items())
             self._jsonl.write(json.dumps(row) + "\n")
         memory = memory_gib()
         done = last["step"] - self._first_step
@@ -89,7 +97,7 @@ class RunLog:
 
             self._events = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=row["step"])
         for name, value in row.items():
-            if name not in ("step", "eta_s"):
+            if name not in ("step", "eta_s") and value is not None:
                 self._events.add_scalar(f"train/{name}", value, row["step"])
 
     def say(self, text: str) -> None:
@@ -122,8 +130,22 @@ def _is_row(line: str) -> bool:
         return False
 
 
-def _floats(scalars: dict) -> dict:
-    return {name: float(value) for name, value in scalars.items() if value is not None}
+def trained_losses(config: ModelConfig) -> tuple[str, ...]:
+    """Names, of LOSS_NAMES, that mean something for a model of this configuration."""
+    trained = {
+        "loss": True,
+        "itc": config.learns("itc"),
+        "caption": config.learns("ic"),
+        "tgmim": config.num_masked > 0,
+        "local": config.local_weight > 0,
+        "mask_overlap": config.selects,
+    }
+    return tuple(name for name in LOSS_NAMES if trained[name])
+
+
+def _finite(value) -> float | None:
+    """JSON has no NaN: a value that is not finite, or not known, is null."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def memory_gib() -> float:
@@ -179,8 +201,11 @@ class Display:
 
 def format_figures(row: dict) -> str:
     """The figures of one row in one line."""
-    losses = "  ".join(f"{name} {row[name]:.3f}" for name in ("itc", "caption", "tgmim") if name in row)
-    return (
-        f"{losses}  lr {row['lr']:.1e}  |g| {row['grad_norm']:.2f}  {row['pairs_per_s']:.0f} pairs/s  "
-        f"data wait {row['data_wait']:.0%}  {row['memory_gib']:.1f} GiB"
-    )
+    figures = [f"{name} {_number(row[name], '.3f')}" for name in ("itc", "caption", "tgmim") if name in row]
+    figures += [f"lr {row['lr']:.1e}", f"|g| {_number(row['grad_norm'], '.2f')}", f"{row['pairs_per_s']:.0f} pairs/s"]
+    figures += [f"data wait {row['data_wait']:.0%}", f"{row['memory_gib']:.1f} GiB"]
+    return "  ".join(figures)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "n/a" if value is None else format(value, form)

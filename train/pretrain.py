@@ -32,7 +32,7 @@ def pretrain(launch: Launch) -> None:
     from sycoca.model import SyCoCa, parameter_groups
     from train.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
     from train.inputs import open_inputs
-    from train.metrics import RunLog, Timing
+    from train.metrics import RunLog, Timing, trained_losses
     from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
 
     config, train, run_dir = launch.config, launch.config.train, launch.run_dir
@@ -53,24 +53,35 @@ def pretrain(launch: Launch) -> None:
     if launch.resume:
         load_checkpoint(engine, run_dir, first_step)
 
-    log = RunLog(run_dir, total_steps=inputs.total_steps, first_step=first_step, every=train.log_every, group=group)
+    log = RunLog(
+        run_dir,
+        losses=trained_losses(config.model),
+        total_steps=inputs.total_steps,
+        first_step=first_step,
+        every=train.log_every,
+        group=group,
+    )
     log.say(start_line(launch, model, inputs, world, first_step))
     batches = inputs.batches(first_step * train.accumulation, device)
+    shares = [train.micro_batch] * world
     for step in range(first_step, inputs.total_steps):
         started, waited = time.perf_counter(), 0.0
         plan = step_plan(config.model, step, inputs.total_steps, train.seed)
         lr = config.optimizer.lr * learning_rate_factor(config.schedule, step, inputs.total_steps)
         set_learning_rate(optimizer, lr)
+        taken = []
         for _ in range(train.accumulation):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            losses = engine(batch, plan, group)
+            losses = engine(batch, plan, group, shares)
             engine.backward(losses.total)
             engine.step()
-        timing = Timing(waited, time.perf_counter() - started, len(batch.images) * train.accumulation * world)
-        log.step(step, losses, {"lr": lr, "grad_norm": engine.get_global_grad_norm()}, timing)
+            taken.append(torch.stack(losses).detach())
+        timing = Timing(waited, time.perf_counter() - started, sum(shares) * train.accumulation)
+        log.step(step, torch.stack(taken).mean(0), {"lr": lr, "grad_norm": engine.get_global_grad_norm()}, timing)
         if (step + 1) % train.save_every == 0 or step + 1 == inputs.total_steps:
+            log.flush()
             save_checkpoint(engine, run_dir, step=step + 1, keep=train.keep_last)
     log.close()
     if line := inputs.left_out():
@@ -91,6 +102,7 @@ def start_line(launch: Launch, model, inputs, world: int, first_step: int) -> st
         f"batch {train.micro_batch} x {train.accumulation} x {world}, {inputs.total_steps} steps",
         f"data: {data.train}, {len(inputs.train)} samples, {len(inputs.val)} held out; run folder: {launch.run_dir}",
         *launch.notes,
+        *filter(None, (inputs.train.skipped.line(), inputs.val.skipped.line())),
     ]
     return "\n".join(lines)
 
@@ -99,47 +111,63 @@ def evaluate_at_end(engine, launch: Launch, inputs, device, group) -> None:
     """Held-out figures into eval.json, the picture into overview.png, both summed up on the terminal."""
     import json
 
-    import deepspeed
     import torch.distributed as dist
 
     from sycoca.visualize import save_overview
     from train.data import readable
     from train.evaluate import evaluate, summary_lines
 
-    model = engine.module
-    model.eval()
-    image_size = launch.config.model.vision.image_size
-    with deepspeed.zero.GatheredParameters(
-        list(model.parameters()), enabled=engine.zero_optimization_partition_weights()
-    ):
+    model = whole_model(engine, launch, device).eval()
+    image_size, pairs = launch.config.model.vision.image_size, launch.config.data.val_pairs
+    writes = dist.get_rank() == 0
+    try:
         figures = evaluate(
-            model,
-            inputs.tokenizer,
-            inputs.val,
-            image_size=image_size,
-            pairs=launch.config.data.val_pairs,
-            device=device,
-            group=group,
+            model, inputs.tokenizer, inputs.val, image_size=image_size, pairs=pairs, device=device, group=group
         )
-        if dist.get_rank() == 0:
-            (launch.run_dir / "eval.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-            print("\n".join(summary_lines(figures)), flush=True)
-            shown = [sample for _, sample in itertools.islice(readable(inputs.val), 6)]
-            picture = launch.run_dir / "overview.png"
-            save_overview(picture, model, inputs.tokenizer, shown, image_size=image_size, device=device)
-            print(
-                f"left in {launch.run_dir}: eval.json, overview.png, metrics.jsonl, tensorboard/, checkpoints/",
-                flush=True,
-            )
+    except ValueError as error:
+        # The training is done and saved; an unreadable held-out part must not look like its failure.
+        if writes:
+            print(f"no held-out figures: {error}", flush=True)
+        return
+    if not writes:
+        return
+    figures["left_out"] = {"train": inputs.train.skipped.counts(), "val": inputs.val.skipped.counts()}
+    (launch.run_dir / "eval.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print("\n".join(summary_lines(figures)), flush=True)
+    shown = [sample for _, sample in itertools.islice(readable(inputs.val), 6)]
+    picture = launch.run_dir / "overview.png"
+    save_overview(picture, model, inputs.tokenizer, shown, image_size=image_size, device=device)
+    print(f"left in {launch.run_dir}: {', '.join(sorted(p.name for p in launch.run_dir.iterdir()))}", flush=True)
+
+
+def whole_model(engine, launch: Launch, device):
+    """The trained model on every rank, outside ZeRO: under stage 3 a copy, else the engine's own. All ranks call it."""
+    import deepspeed
+
+    from sycoca.model import SyCoCa
+
+    if not engine.zero_optimization_partition_weights():
+        return engine.module
+    # A rank that runs the partitioned model alone would wait for the others in every layer.
+    copy = SyCoCa(launch.config.model).to(device)
+    for (_, target), (_, source) in zip(copy.named_parameters(), engine.module.named_parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([source]):
+            target.data.copy_(source.data)
+    return copy
 
 
 def main() -> int:
     try:
         launch = parse(sys.argv[1:], script=Path(__file__).resolve(), has_cuda=has_cuda())
-        pretrain(launch)
-    except (ConfigError, DataError) as error:
+    except ConfigError as error:
+        # Every rank finds the same mistake; one of them tells it.
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    try:
+        pretrain(launch)
+    except (ConfigError, DataError) as error:
+        print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -8,6 +8,15 @@ from tests.runs.test_resume import SIZES
 pytestmark = pytest.mark.run
 
 
+def test_evaluation_ends_on_every_rank_of_a_partitioned_model(command, tmp_path):
+    config = '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}'
+    (tmp_path / "partitioned.json").write_text(config)
+    line = f"deepspeed --master_port {free_port()} --num_gpus 2 train/pretrain.py --config {tmp_path}/partitioned.json"
+    done = command(f"{line} {SIZES} --run-dir {tmp_path}/run", timeout_s=200)
+    assert done.code == 0, done.err[-2000:]
+    assert (tmp_path / "run" / "overview.png").stat().st_size > 0
+
+
 def test_two_ranks_log_the_losses_of_one(command, tmp_path):
     # With a large epsilon the step is a smooth function of the gradient, and rounding is not amplified.
     common = f"train/pretrain.py --config ds_zero2.json --data 'scenes?count=64' {SIZES} steps=3 eps=1e-2 save_every=9"

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = (
-    " train.steps=2 micro_batch=4 val_pairs=4 warmup_steps=1 data.workers=0 model.vision.depth=1 model.text.depth=1 "
-    "model.caption_decoder.depth=1 model.image_decoder.depth=1"
+    " train.steps=2 micro_batch=4 local_group=4 val_pairs=4 warmup_steps=1 data.workers=0 model.vision.depth=1"
+    " model.text.depth=1 model.caption_decoder.depth=1 model.image_decoder.depth=1"
 )
 # Command -> what is added to it; None: shown by the test or the job that is named beside it.
 COMMANDS = {
@@ -27,7 +27,6 @@ COMMANDS = {
     ),
     "deepspeed train/pretrain.py --config ds_zero2.json --resume": " train.steps=4",
     "pytest bench/ --benchmark-only": None,  # tests/runs/test_bench.py
-    'pip install "sycoca[openclip]"': None,  # the extra of setup.py; tests/test_packaging.py
 }
 
 

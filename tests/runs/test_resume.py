@@ -8,7 +8,7 @@ from tests.runs.conftest import free_port, metric_rows
 
 pytestmark = pytest.mark.run
 SIZES = (
-    "steps=6 micro_batch=8 save_every=3 log_every=1 val_pairs=8 model.vision.depth=1 model.text.depth=1 "
+    "steps=6 micro_batch=8 save_every=3 log_every=2 local_group=4 val_pairs=8 model.vision.depth=1 model.text.depth=1 "
     "model.caption_decoder.depth=1 model.image_decoder.depth=1 attentive_start=0.2"
 )
 

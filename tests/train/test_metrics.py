@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from train.metrics import LOSS_NAMES, RunLog, Timing, format_figures, truncate_after
+from tests.sycoca.micro import micro
+from train.metrics import LOSS_NAMES, RunLog, Timing, format_figures, trained_losses, truncate_after
 
 
 def rows(folder):
@@ -14,11 +15,11 @@ def rows(folder):
 
 
 def values(start: float):
-    return [torch.tensor(start + i) for i in range(len(LOSS_NAMES))]
+    return torch.arange(len(LOSS_NAMES)) + start
 
 
 def test_every_step_has_a_row_and_the_device_is_read_every_few(tmp_path, capsys):
-    log = RunLog(tmp_path, total_steps=5, first_step=0, every=2)
+    log = RunLog(tmp_path, losses=LOSS_NAMES, total_steps=5, first_step=0, every=2)
     for step in range(5):
         log.step(step, values(step), {"lr": 0.1, "grad_norm": torch.tensor(2.0)}, Timing(0.1, 0.4, 8))
     log.close()
@@ -30,6 +31,21 @@ def test_every_step_has_a_row_and_the_device_is_read_every_few(tmp_path, capsys)
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_a_loss_that_is_not_finite_is_null_and_does_not_stop_the_run(tmp_path, capsys):
+    log = RunLog(tmp_path, losses=("loss", "itc"), total_steps=1, first_step=0, every=1)
+    broken = torch.full((len(LOSS_NAMES),), float("nan"))
+    log.step(0, broken, {"lr": 0.1, "grad_norm": None}, Timing(0.0, 1.0, 4))
+    log.close()
+    assert rows(tmp_path) == [{"step": 1, "loss": None, "itc": None, "lr": 0.1, "grad_norm": None}]
+    assert "itc n/a" in capsys.readouterr().out
+
+
+def test_only_trained_losses_are_named():
+    assert trained_losses(micro()) == LOSS_NAMES
+    coca = micro(masking={"drop_ratio": 0.0}, loss={"tgmim_weight": 0.0})
+    assert trained_losses(coca) == ("loss", "itc", "caption")
+
+
 def test_rows_behind_the_resumed_step_are_written_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
@@ -39,7 +55,9 @@ def test_rows_behind_the_resumed_step_are_written_again(tmp_path):
 
 def test_losses_are_averaged_over_the_ranks_and_written_once(tmp_path):
     def work(rank, world):
-        log = RunLog(tmp_path, total_steps=1, first_step=0, every=1, group=torch.distributed.group.WORLD)
+        log = RunLog(
+            tmp_path, losses=LOSS_NAMES, total_steps=1, first_step=0, every=1, group=torch.distributed.group.WORLD
+        )
         log.step(0, values(10.0 * rank), {"lr": 1.0, "grad_norm": 1.0}, Timing(0.0, 1.0, 4))
         log.close()
 
