@@ -246,4 +246,4 @@ def test_without_open_clip_one_line_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "open_clip" else found(name, *a))
     with pytest.raises(ModuleNotFoundError) as caught:
         Tokenizer.clip()
-    assert 'pip install "sycoca[openclip]"' in str(caught.value) and "\n" not in str(caught.value)
+    assert 'pip install -e ".[openclip]"' in str(caught.value) and "\n" not in str(caught.value)
