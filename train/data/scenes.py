@@ -31,6 +31,8 @@ _MARGIN, _GAP = 0.01, 0.012
 _TRIES = 24
 # Crowded scenes are laid out again, each time with smaller objects.
 _LAYOUTS, _SHRINK = 6, 0.94
+# Slow changes of the ground may be strong and leave the objects as clear as before.
+_CONTRAST = {"gradient": 3.5, "clouds": 2.5}
 _LAYOUT, _PLACES, _CAPTION, _QUESTION, _GROUND = range(1, 6)
 
 
@@ -103,8 +105,8 @@ def make_scene(seed: int, index: int) -> Scene:
     """
     key = mix(seed, index)
     draws = iter(uniforms(mix(key, _LAYOUT), 64).tolist())
-    described = 2 if next(draws) < 0.7 else 3
-    count = described + (1 if next(draws) < 0.8 else 2)
+    described = 2 if next(draws) < 0.4 else 3
+    count = described + (1 if next(draws) < 0.85 else 2)
     kinds = _kinds(count, draws)
     large = []
     for _ in range(count):
@@ -128,7 +130,7 @@ def make_scene(seed: int, index: int) -> Scene:
     background = BACKGROUNDS[int(ground[0] * len(BACKGROUNDS))]
     level = 105 + 60 * ground[1]
     base = tuple(level + (value - 0.5) * 44 for value in ground[2:5])
-    strength = (7 + 7 * ground[5]) * (1 if ground[6] < 0.5 else -1)
+    strength = (7 + 7 * ground[5]) * (1 if ground[6] < 0.5 else -1) * _CONTRAST.get(background, 1.0)
     tint = tuple(strength * (0.6 + 0.8 * value) for value in ground[7:10])
     return Scene(tuple(things), tuple(figures), described, background, base, tint, ground[10:])
 
