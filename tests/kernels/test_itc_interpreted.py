@@ -25,4 +25,6 @@ def check(rows, at_least):
             logits = 2.0**-24 * row["largest_logit"]
             # fp16: G is rounded once to 11 bits, before a sum with fp32 accumulation.
             product = 2.0**-11 if row.get("dtype") == "torch.float16" else 0.0
-            assert error <= max(2 * budget, rounding + product, logits, FLOOR), row
+            # At a scale of 100 the loss's own bar is ten times that of 14.3.
+            bar = 10 * FLOOR if row["largest_logit"] > 50 else FLOOR
+            assert error <= max(2 * budget, rounding + product, logits, bar), row
