@@ -38,14 +38,17 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def open_dataset(spec: str, split: str = "train", *, seed: int = 0, image_size: int | None = None) -> Source:
-    """Opens a data source.
+def open_dataset(
+    spec: str, split: str = "train", *, seed: int = 0, image_size: int | None = None, whole: bool = False
+) -> Source:
+    """Opens a data source, without importing torch.
 
     Args:
         spec: what to open, in the grammar of `train.data.spec`.
         split: train, val or test.
         seed: of generated data, where the specification gives none.
         image_size: side of generated pictures in pixels.
+        whole: a table without a column `split` is used whole for the split asked for, nothing held out.
 
     Returns:
         A map-style data set of `Sample`.
@@ -66,4 +69,4 @@ def open_dataset(spec: str, split: str = "train", *, seed: int = 0, image_size: 
         return Scenes(split, image_size=image_size or 64, seed=options.pop("seed", seed), **options)
     from train.data.tables import Table
 
-    return Table(parsed.path, split, **options)
+    return Table(parsed.path, split, whole=whole, **options)

@@ -63,7 +63,8 @@ class SourceSpec:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def _quoted_nearest(word: str, known) -> str:
+def quoted_nearest(word: str, known) -> str:
+    """The end of an error line about a word that is not known: the one closest to it."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -100,7 +101,7 @@ def _parse_options(kind: str, text: str, spec: str) -> dict[str, Any]:
         if not equals:
             raise DataError(f"data source {spec!r}: option {item!r} is not KEY=VALUE")
         if name not in known:
-            suggestion = _quoted_nearest(name, known) or f"; known: {', '.join(known)}"
+            suggestion = quoted_nearest(name, known) or f"; known: {', '.join(known)}"
             raise DataError(f"data source {spec!r}: unknown option {name!r}{suggestion}")
         convert, meaning = known[name]
         try:
@@ -188,7 +189,7 @@ def header_columns(path: Path) -> dict[str, int]:
         found = [name for name in accepted if name in names]
         if not found:
             suggestion = next(
-                (_quoted_nearest(name, accepted) for name in names if _quoted_nearest(name, accepted)), ""
+                (quoted_nearest(name, accepted) for name in names if quoted_nearest(name, accepted)), ""
             )
             raise DataError(
                 f"data source '{path}': no column of the header {names} is called "

@@ -1,7 +1,7 @@
 """Image-caption tables: TSV or CSV of image path and caption, one row a caption.
 
 Rows of one image are its captions. Paths are relative to the table's folder or to `images/` in it. Without a column
-`split` a fixed hash of the image's name holds out a small share for validation, at least one image and never all.
+`split` a fixed hash of the image's name holds out a small share for validation, two images where there are three, and never all.
 Rows that cannot be used are counted by cause; images are opened only when their sample is asked for.
 """
 
@@ -11,12 +11,12 @@ import contextlib
 import csv
 import gzip
 import json
+import os
 from hashlib import blake2b
 from pathlib import Path
 
-from sycoca.images import ImageError, decode
 from train.data.sample import BadSample, DataError, Region, Sample, Skipped, Source
-from train.data.spec import SPLITS, header_columns, is_tsv
+from train.data.spec import SPLITS, header_columns, is_tsv, quoted_nearest
 
 VAL_SHARE = 0.02
 LONGEST_CAPTION = 10_000
@@ -71,11 +71,20 @@ def _hash_share(name: str) -> float:
 
 def _held_out(images: list[str], share: float) -> set[str]:
     held = {image for image in images if _hash_share(image) < share}
-    if len(images) > 1 and not held:
-        held = {min(images, key=_hash_share)}
+    # Retrieval among the held-out images needs two.
+    least = min(2, len(images) - 1)
+    if len(held) < least:
+        held = set(sorted(images, key=_hash_share)[:least])
     if len(images) > 1 and len(held) == len(images):
         held.remove(max(images, key=_hash_share))
     return held
+
+
+def _nearest_split(unknown: list[str]) -> str:
+    """The end of an error line about values of the column `split` that name none."""
+    hints = {value: quoted_nearest(value.lower(), SPLITS) for value in unknown}
+    value = next((value for value in unknown if hints[value]), unknown[0])
+    return f"; unknown split {value!r}{hints[value] or '; there are train, val and test'}"
 
 
 class Table(Source):
@@ -86,12 +95,21 @@ class Table(Source):
         split: train, val or test.
         images: folder of the images; None for the table's own, or `images/` in it.
         val_share: share of the images that validation gets where the table has no column `split`.
+        whole: without a column `split`, all images belong to the split asked for.
 
     Raises:
         DataError: no usable header, or no row of this split.
     """
 
-    def __init__(self, path: Path, split: str, *, images: str | None = None, val_share: float = VAL_SHARE) -> None:
+    def __init__(
+        self,
+        path: Path,
+        split: str,
+        *,
+        images: str | None = None,
+        val_share: float = VAL_SHARE,
+        whole: bool = False,
+    ) -> None:
         self.name = str(path)
         self.split = split
         self.path = Path(path)
@@ -102,17 +120,18 @@ class Table(Source):
         self._captions: list[tuple[str, ...]] = []
         # Positions in the table of the captions kept, where some were left out: regions count as the table does.
         self._kept: dict[str, tuple[int, ...]] = {}
-        self._read(val_share)
+        self._read(val_share, whole)
         # The folder that holds more of the first images is looked into first.
         first = self._images[:_LOOKED_AT]
-        self._folders.sort(key=lambda folder: -sum((folder / name).is_file() for name in first))
+        self._folders.sort(key=lambda folder: -sum(os.path.isfile(folder / name) for name in first))
 
-    def _read(self, val_share: float) -> None:
+    def _read(self, val_share: float, whole: bool) -> None:
         columns = header_columns(self.path)
         image_at, caption_at, split_at = columns["image"], columns["caption"], columns.get("split")
         width = max(columns.values()) + 1
         captions: dict[str, list[str | None]] = {}
         splits: dict[str, str] = {}
+        unknown: dict[str, None] = {}
         for number, fields in _rows(self.path, self.skipped):
             where = f"{self.path.name}:{number}"
             if len(fields) < width:
@@ -123,7 +142,11 @@ class Table(Source):
                 self.skipped.row("empty image name" if not image else "image name holds NUL", where)
                 continue
             if split_at is not None:
-                split = SPLITS.get(fields[split_at].strip().lower(), fields[split_at].strip())
+                split = SPLITS.get(fields[split_at].strip().lower())
+                if split is None:
+                    self.skipped.row("unknown split", where)
+                    unknown.setdefault(fields[split_at].strip())
+                    continue
                 if splits.setdefault(image, split) != split:
                     self.skipped.row("image is of another split already", where)
                     continue
@@ -133,8 +156,9 @@ class Table(Source):
             if fault:
                 self.skipped.row(fault, where)
             captions.setdefault(image, []).append(None if fault else caption.strip())
-        if split_at is None:
-            held = _held_out(list(captions), val_share)
+        if split_at is None and not whole:
+            usable = [image for image, texts in captions.items() if any(text is not None for text in texts)]
+            held = _held_out(usable, val_share)
             if self.split == "test":
                 raise DataError(
                     f"data source '{self.path}': no column 'split', so no split 'test'; there are train and val"
@@ -151,6 +175,8 @@ class Table(Source):
                 self._kept[image] = kept
         if not self._images:
             found = f"; it has: {', '.join(sorted(set(splits.values())))}" if splits else ""
+            if unknown:
+                found += _nearest_split(list(unknown))
             why = f"; {self.skipped.line()}" if self.skipped else ""
             raise DataError(f"data source '{self.path}': no usable row for split {self.split!r}{found}{why}")
 
@@ -158,6 +184,9 @@ class Table(Source):
         return len(self._images)
 
     def _decode(self, name: str):
+        # Imports torch; a table is opened without it.
+        from sycoca.images import ImageError, decode
+
         for folder in self._folders:
             try:
                 return decode(folder / name)

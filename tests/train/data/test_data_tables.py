@@ -115,8 +115,44 @@ def test_names_of_splits(tmp_path):
     ]
     path = table(tmp_path / "t.tsv", rows)
     assert [len(open_dataset(str(path), split)) for split in ("train", "val")] == [1, 2]
-    with pytest.raises(DataError, match=r"no usable row for split 'test'; it has: train, val, x"):
+    assert open_dataset(str(path)).skipped.counts() == {"unknown split": 1}
+    with pytest.raises(DataError, match=r"no usable row for split 'test'; it has: train, val; unknown split 'x'"):
         open_dataset(str(path), "test")
+
+
+@pytest.mark.parametrize("value, hint", [("trian", "did you mean 'train'"), ("", "there are train, val and test")])
+def test_an_unknown_split_is_told(value, hint, tmp_path):
+    path = table(tmp_path / "t.tsv", [["image", "split", "caption"], ["a", value, "a"]])
+    with pytest.raises(DataError, match=f"unknown split '{value}'; {hint}.*1 x unknown split") as caught:
+        open_dataset(str(path))
+    assert "it has" not in str(caught.value)
+
+
+@pytest.mark.parametrize("images", [3, 40])
+def test_two_images_are_held_out_where_there_are_three(images, tmp_path):
+    rows = [["image", "caption"], ["bad.png", ""]] + [[f"{i}.png", f"words {i}"] for i in range(images)]
+    path = table(tmp_path / "t.tsv", rows)
+    train, val = (open_dataset(str(path), split) for split in ("train", "val"))
+    assert len(val) >= 2 and len(train) >= 1 and len(train) + len(val) == images
+    assert not set(train.texts()) & set(val.texts())
+
+
+def test_a_whole_table_serves_one_split(tmp_path):
+    path = table(tmp_path / "t.tsv", [["image", "caption"]] + [[f"{i}.png", "words"] for i in range(5)])
+    assert [len(open_dataset(str(path), split, whole=True)) for split in ("train", "val", "test")] == [5, 5, 5]
+    path = table(tmp_path / "u.tsv", [["image", "caption", "split"], ["a", "a", "train"], ["b", "b", "val"]])
+    assert len(open_dataset(str(path), "val", whole=True)) == 1
+    assert len(open_dataset("scenes", "val", whole=True)) == len(open_dataset("scenes", "val"))
+
+
+def test_sources_open_without_torch(folder):
+    code = f"""if True:
+        import sys
+        from train.data import open_dataset
+        assert len(open_dataset({str(folder)!r}, "val")) and len(open_dataset("scenes"))
+        assert "torch" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_bad_rows_are_counted_by_cause(tmp_path):
