@@ -7,11 +7,11 @@ Rows that cannot be used are counted by cause; images are opened only when their
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gzip
 import json
 import os
+import zlib
 from hashlib import blake2b
 from pathlib import Path
 
@@ -23,6 +23,7 @@ LONGEST_CAPTION = 10_000
 _REGION_FILES = ("regions.jsonl.gz", "regions.jsonl")
 _IMAGE_FOLDER = "images"
 _LOOKED_AT = 16
+_BOX_SLACK = 1e-3
 
 
 def _rows(path: Path, skipped: Skipped):
@@ -80,6 +81,28 @@ def _held_out(images: list[str], share: float) -> set[str]:
     return held
 
 
+def _region(item) -> Region:
+    """A region as its file gives it; ValueError says in words that many share why it cannot be used."""
+    if not isinstance(item, dict):
+        raise ValueError("region is not an object")
+    phrase, box, caption = item.get("phrase"), item.get("bbox"), item.get("caption", -1)
+    if not isinstance(phrase, str) or not phrase.strip():
+        raise ValueError("region without a phrase")
+    if "\ufffd" in phrase:
+        raise ValueError("phrase of a region is not UTF-8")
+    if not isinstance(box, list) or len(box) != 4 or any(type(side) not in (int, float) for side in box):
+        raise ValueError("box of a region is not four numbers")
+    # A writer's rounding may put a side just outside.
+    if not all(-_BOX_SLACK <= side <= 1 + _BOX_SLACK for side in box):
+        raise ValueError("box of a region is outside its image")
+    x0, y0, x1, y1 = (min(1.0, max(0.0, float(side))) for side in box)
+    if x0 >= x1 or y0 >= y1:
+        raise ValueError("box of a region has no area")
+    if type(caption) is not int:
+        raise ValueError("caption of a region is not a whole number")
+    return Region(phrase, (x0, y0, x1, y1), caption)
+
+
 def _nearest_split(unknown: list[str]) -> str:
     """The end of an error line about values of the column `split` that name none."""
     hints = {value: quoted_nearest(value.lower(), SPLITS) for value in unknown}
@@ -115,7 +138,7 @@ class Table(Source):
         self.path = Path(path)
         self.skipped = Skipped()
         self._folders = [Path(images)] if images else [self.path.parent, self.path.parent / _IMAGE_FOLDER]
-        self._regions: dict[str, list[dict]] | None = None
+        self._regions: dict[str, list[Region]] | None = None
         self._images: list[str] = []
         self._captions: list[tuple[str, ...]] = []
         # Positions in the table of the captions kept, where some were left out: regions count as the table does.
@@ -199,7 +222,7 @@ class Table(Source):
         if not 0 <= index < len(self._images):
             raise IndexError(f"sample {index} of {len(self._images)}")
         name = self._images[index]
-        return Sample(self._decode(name), self._captions[index], name, self._regions_of(name))
+        return Sample(self._decode(name), self._captions[index], name, self._regions_of(name, len(self._captions[index])))
 
     def pair(self, index: int, pick: int):
         name, captions = self._images[index], self._captions[index]
@@ -209,34 +232,43 @@ class Table(Source):
         for captions in self._captions[:limit]:
             yield from captions
 
-    def _regions_of(self, name: str) -> tuple[Region, ...] | None:
+    def _regions_of(self, name: str, count: int) -> tuple[Region, ...] | None:
         if self._regions is None:
             self._regions = self._read_regions()
         if name not in self._regions:
             return None
-        kept = self._kept.get(name)
-        regions = []
-        for found in self._regions[name]:
-            caption = int(found.get("caption", -1))
-            if kept is not None:
-                caption = kept.index(caption) if caption in kept else -1
-            regions.append(Region(found["phrase"], tuple(found["bbox"]), caption))
-        return tuple(regions)
+        kept = self._kept.get(name, range(count))
+        return tuple(
+            region._replace(caption=kept.index(region.caption) if region.caption in kept else -1)
+            for region in self._regions[name]
+        )
 
-    def _read_regions(self) -> dict[str, list[dict]]:
-        """The boxes beside the table, for the images of this split."""
-        path = next((self.path.parent / n for n in _REGION_FILES if (self.path.parent / n).is_file()), None)
+    def _read_regions(self) -> dict[str, list[Region]]:
+        """The boxes beside the table, for the images of this split; damage costs the boxes it hits, and is counted."""
+        path = next((self.path.parent / n for n in _REGION_FILES if os.path.isfile(self.path.parent / n)), None)
         if path is None:
             return {}
         wanted, regions = set(self._images), {}
         reader = gzip.open if path.suffix == ".gz" else open
-        # A damaged end costs the boxes behind it, no more.
-        with reader(path, "rt", encoding="utf-8") as file, contextlib.suppress(EOFError, OSError):
-            for number, line in enumerate(file, 1):
-                try:
-                    entry = json.loads(line)
-                    if entry["image"] in wanted:
-                        regions[entry["image"]] = [r for r in entry["regions"] if len(r["bbox"]) == 4 and r["phrase"]]
-                except (ValueError, KeyError, TypeError):
-                    self.skipped.row("line of regions is damaged", f"{path.name}:{number}")
+        number = 0
+        try:
+            with reader(path, "rt", encoding="utf-8", errors="replace") as file:
+                for number, line in enumerate(file, 1):
+                    where = f"{path.name}:{number}"
+                    try:
+                        entry = json.loads(line)
+                        name, found = entry["image"], list(entry["regions"])
+                        if name not in wanted:
+                            continue
+                    except (ValueError, KeyError, TypeError, RecursionError):
+                        self.skipped.row("line of regions is damaged", where)
+                        continue
+                    regions[name] = []
+                    for item in found:
+                        try:
+                            regions[name].append(_region(item))
+                        except ValueError as error:
+                            self.skipped.row(str(error), where)
+        except (EOFError, OSError, zlib.error):
+            self.skipped.row("file of regions is damaged", f"{path.name}:{number + 1}")
         return regions

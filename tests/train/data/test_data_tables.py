@@ -239,6 +239,38 @@ def test_regions_come_with_the_captions_kept(tmp_path):
     assert dataset.skipped.counts()["line of regions is damaged"] == 1
 
 
+BAD_REGIONS = {
+    "region is not an object": 7,
+    "region without a phrase": {"phrase": None, "bbox": [0, 0, 1, 1]},
+    "box of a region is not four numbers": {"phrase": "a", "bbox": ["a", 0, 1, 1]},
+    "box of a region is outside its image": {"phrase": "a", "bbox": [0, 0, 10, float("nan")]},
+    "box of a region has no area": {"phrase": "a", "bbox": [0.9, 0, 0.1, 1]},
+    "caption of a region is not a whole number": {"phrase": "a", "bbox": [0, 0, 1, 1], "caption": None},
+}
+
+
+def test_damaged_regions_stop_nothing(tmp_path):
+    picture(tmp_path / "a.png")
+    path = table(tmp_path / "captions.tsv", [["image", "caption"], ["a.png", "a dog"]])
+    good = {"phrase": "a dog", "bbox": [0, 0, 1, 1], "caption": 0}
+    entry = json.dumps({"image": "a.png", "regions": [*BAD_REGIONS.values(), good, {**good, "caption": 3}]}).encode()
+    lines = [b"[" * 100_000, b'{"image": [], "regions": []}', b'{"image": "a.png", "regions": 3}', b"\xff", entry]
+    (tmp_path / "regions.jsonl").write_bytes(b"\n".join(lines))
+    dataset = open_dataset(str(path))
+    assert [(r.phrase, r.caption) for r in dataset[0].regions] == [("a dog", 0), ("a dog", -1)]
+    assert dataset.skipped.counts() == {**dict.fromkeys(BAD_REGIONS, 1), "line of regions is damaged": 4}
+
+
+@pytest.mark.parametrize("damage", [b"not gzip", gzip.compress(b"{}\n" * 9999)[:-20] + b"\xff" * 20])
+def test_a_damaged_file_of_regions_stops_nothing(damage, tmp_path):
+    picture(tmp_path / "a.png")
+    path = table(tmp_path / "captions.tsv", [["image", "caption"], ["a.png", "a dog"]])
+    (tmp_path / "regions.jsonl.gz").write_bytes(damage)
+    dataset = open_dataset(str(path))
+    assert dataset[0].regions is None
+    assert dataset.skipped.counts()["file of regions is damaged"] == 1
+
+
 WRONG = {
     "": "empty",
     "scene": "did you mean 'scenes'?",
