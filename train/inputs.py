@@ -73,8 +73,9 @@ def open_inputs(launch: Launch, *, rank: int, world: int) -> Inputs:
     """
     config = launch.config
     size = config.model.vision.image_size
-    train = open_dataset(config.data.train, "train", image_size=size)
-    val = open_dataset(config.data.val or config.data.train, "val", image_size=size)
+    apart = config.data.val is not None
+    train = open_dataset(config.data.train, "train", image_size=size, whole=apart)
+    val = open_dataset(config.data.val or config.data.train, "val", image_size=size, whole=apart)
     global_batch = config.train.micro_batch * world
     per_epoch = len(train) // global_batch
     if per_epoch == 0:
@@ -87,10 +88,11 @@ def open_inputs(launch: Launch, *, rank: int, world: int) -> Inputs:
         (launch.run_dir / "config.json").write_text(text + "\n", encoding="utf-8")
     tokenizer = _tokenizer(launch, train, rank)
     wanted = config.model.text
-    if tokenizer.vocab_size > wanted.vocab_size or tokenizer.eot_id != wanted.eot_id:
+    ids = tokenizer.pad_id, tokenizer.sot_id, tokenizer.eot_id
+    if tokenizer.vocab_size > wanted.vocab_size or ids != (wanted.pad_id, wanted.sot_id, wanted.eot_id):
         raise DataError(
-            f"data.tokenizer={config.data.tokenizer}: {tokenizer.vocab_size} entries, end of text {tokenizer.eot_id}; "
-            f"model.text has {wanted.vocab_size}, {wanted.eot_id}"
+            f"data.tokenizer={config.data.tokenizer}: {tokenizer.vocab_size} entries, special ids {ids}; model.text has "
+            f"{wanted.vocab_size}, {(wanted.pad_id, wanted.sot_id, wanted.eot_id)}"
         )
     steps = config.train.steps or int(config.train.epochs * (per_epoch // config.train.accumulation))
     return Inputs(train, val, tokenizer, max(1, steps), launch, rank, world)
@@ -100,11 +102,13 @@ def _tokenizer(launch: Launch, train: Source, rank: int) -> Tokenizer:
     saved = launch.run_dir / "tokenizer.json"
     if rank == 0 and not saved.exists():
         name = launch.config.data.tokenizer
-        if name == "bpe":
-            texts = train.texts(_TOKENIZER_SAMPLES)
-            made = Tokenizer.train(texts, launch.config.model.text.vocab_size)
-        else:
-            made = Tokenizer.clip() if name == "clip" else Tokenizer.load(name)
+        try:
+            if name == "bpe":
+                made = Tokenizer.train(train.texts(_TOKENIZER_SAMPLES), launch.config.model.text.vocab_size)
+            else:
+                made = Tokenizer.clip() if name == "clip" else Tokenizer.load(name)
+        except (ValueError, ModuleNotFoundError) as error:
+            raise DataError(f"data.tokenizer={name}: {error}") from None
         made.save(saved)
     dist.barrier()
     return Tokenizer.load(saved)
