@@ -22,12 +22,14 @@ CAPTION_COLUMNS = ("caption", "title", "text")
 SPLIT_COLUMN = "split"
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 
+# Splits of generated data lie this far apart.
+_MOST = 1 << 40
 _MIXTURE = re.compile(r"[^,]+=\d*\.?\d+(,[^,]+=\d*\.?\d+)+")
 
 
 def _count(text: str) -> int:
     value = int(text)
-    if value < 1:
+    if not 1 <= value <= _MOST:
         raise ValueError(text)
     return value
 
@@ -176,11 +178,11 @@ def header_columns(path: Path) -> dict[str, int]:
     """
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            first = file.readline(1 << 16)
+            first = next((line for line in iter(lambda: file.readline(1 << 16), "") if line.strip()), "")
             has_rows = any(line.strip() for line in file)
     except OSError as error:
         raise DataError(f"data source '{path}': {error.strerror}") from None
-    if not first.strip():
+    if not first:
         raise DataError(f"data source '{path}': empty file")
     names = [name.strip().lower() for name in split_rows([first], path)[0]]
     separator = "tabs" if is_tsv(path) else "commas"

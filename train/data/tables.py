@@ -12,6 +12,7 @@ import gzip
 import json
 import os
 import zlib
+from collections import deque
 from hashlib import blake2b
 from pathlib import Path
 
@@ -23,34 +24,69 @@ LONGEST_CAPTION = 10_000
 _REGION_FILES = ("regions.jsonl.gz", "regions.jsonl")
 _IMAGE_FOLDER = "images"
 _LOOKED_AT = 16
+_RECORD_LINES = 64
 _BOX_SLACK = 1e-3
 
 
 def _rows(path: Path, skipped: Skipped):
-    """(line or record number, fields) behind the header; bytes that are not UTF-8 become surrogates."""
+    """(line number, fields) behind the header; bytes that are not UTF-8 become surrogates."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline=None if is_tsv(path) else "") as file:
-        if is_tsv(path):
-            next(file)
-            for number, line in enumerate(file, 2):
-                if line.strip():
-                    yield number, line.rstrip("\n").split("\t")
+        lines = enumerate(file, 1)
+        # The header is the first line with anything on it.
+        next((line for _, line in lines if line.strip()), None)
+        if not is_tsv(path):
+            yield from _csv_rows(lines, path, skipped)
             return
-        before = csv.field_size_limit(1 << 30)
-        try:
-            reader = csv.reader(file)
-            next(reader)
-            while True:
-                try:
-                    row = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error:
-                    skipped.row("row is not CSV", f"{path.name}:{reader.line_num}")
-                    continue
-                if row:
-                    yield reader.line_num, row
-        finally:
-            csv.field_size_limit(before)
+        for number, line in lines:
+            if line.strip():
+                yield number, line.rstrip("\n").split("\t")
+
+
+def _csv_rows(lines, path: Path, skipped: Skipped):
+    """Records of a CSV; a quote that does not end within a record's limits costs its own line alone."""
+    ahead: deque[tuple[int, str]] = deque()
+    before = csv.field_size_limit(1 << 30)
+    try:
+        while numbered := ahead.popleft() if ahead else next(lines, None):
+            number, line = numbered
+            if '"' not in line:
+                if line.strip():
+                    yield number, line.rstrip("\r\n").split(",")
+                continue
+            record = [numbered]
+            row = _csv_record(record, ahead, lines)
+            if row is None:
+                skipped.row("row is not CSV", f"{path.name}:{number}")
+                ahead.extendleft(reversed(record[1:]))
+            else:
+                yield number, row
+    finally:
+        csv.field_size_limit(before)
+
+
+def _csv_record(record: list[tuple[int, str]], ahead: deque, lines) -> list[str] | None:
+    """The fields of the record that starts with `record[0]`; takes the lines it needs; None where it is not CSV."""
+    ended = True
+
+    def taken():
+        nonlocal ended
+        yield record[0][1]
+        while len(record) < _RECORD_LINES:
+            numbered = ahead.popleft() if ahead else next(lines, None)
+            if numbered is None:
+                break
+            record.append(numbered)
+            yield numbered[1]
+        ended = False
+
+    try:
+        row = next(csv.reader(taken()))
+        # Over several lines a loose quote is most likely the next record's.
+        if len(record) > 1:
+            row = next(csv.reader((line for _, line in record), strict=True))
+    except csv.Error:
+        return None
+    return row if ended else None
 
 
 def _caption_fault(caption: str) -> str | None:

@@ -214,6 +214,22 @@ def test_damaged_csv_rows_are_counted(tmp_path):
     assert dataset.skipped.counts() == {"row lacks a column": 1}
 
 
+@pytest.mark.parametrize("rest", ["x.png,plain\n" * 200, 'x.png,"quoted"\n', "x.png,plain\n", "\n"])
+def test_an_unclosed_quote_costs_its_line_alone(rest, tmp_path):
+    (tmp_path / "t.csv").write_text('image,caption\na.png,"two\nlines"\nb.png,"unclosed\n' + rest + 'c.png,5" nail\n')
+    dataset = open_dataset(str(tmp_path / "t.csv"), whole=True)
+    captions = rest.replace('"', "").replace("x.png,", "").split()
+    assert list(dataset.texts()) == ["two\nlines", *captions, '5" nail']
+    assert dataset.skipped.counts() == {"row is not CSV": 1}
+    assert "t.csv:4" in dataset.skipped.line()
+
+
+@pytest.mark.parametrize("suffix, separator", [("tsv", "\t"), ("csv", ",")])
+def test_blank_lines_before_the_header_mean_nothing(suffix, separator, tmp_path):
+    (tmp_path / f"t.{suffix}").write_text(f"\n\nimage{separator}caption\n\na{separator}words\n")
+    assert list(open_dataset(str(tmp_path / f"t.{suffix}")).texts()) == ["words"]
+
+
 def test_regions_come_with_the_captions_kept(tmp_path):
     picture(tmp_path / "a.png")
     rows = [
@@ -278,6 +294,7 @@ WRONG = {
     "scenes?cuont=5": "unknown option 'cuont'; did you mean 'count'?",
     "scenes?count=many": "option count=many is not a whole number of at least 1",
     "scenes?count=0": "option count=0 is not a whole number of at least 1",
+    "scenes?count=99999999999999999999": "is not a whole number of at least 1",
     "scenes?count": "option 'count' is not KEY=VALUE",
     "{}/caption.tsv": "did you mean '{}/captions.tsv'?",
     "{}/captions.tvs": "did you mean '{}/captions.tsv'?",
