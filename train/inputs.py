@@ -91,8 +91,8 @@ def open_inputs(launch: Launch, *, rank: int, world: int) -> Inputs:
     ids = tokenizer.pad_id, tokenizer.sot_id, tokenizer.eot_id
     if tokenizer.vocab_size > wanted.vocab_size or ids != (wanted.pad_id, wanted.sot_id, wanted.eot_id):
         raise DataError(
-            f"data.tokenizer={config.data.tokenizer}: {tokenizer.vocab_size} entries, special ids {ids}; model.text has "
-            f"{wanted.vocab_size}, {(wanted.pad_id, wanted.sot_id, wanted.eot_id)}"
+            f"data.tokenizer={config.data.tokenizer}: {tokenizer.vocab_size} entries, special ids {ids}; "
+            f"model.text has {wanted.vocab_size}, {(wanted.pad_id, wanted.sot_id, wanted.eot_id)}"
         )
     steps = config.train.steps or int(config.train.epochs * (per_epoch // config.train.accumulation))
     return Inputs(train, val, tokenizer, max(1, steps), launch, rank, world)

@@ -105,7 +105,7 @@ def make_scene(seed: int, index: int) -> Scene:
     """
     key = mix(seed, index)
     draws = iter(uniforms(mix(key, _LAYOUT), 64).tolist())
-    described = 2 if next(draws) < 0.4 else 3
+    described = 2 if next(draws) < 0.3 else 3
     count = described + (1 if next(draws) < 0.85 else 2)
     kinds = _kinds(count, draws)
     large = []
