@@ -61,8 +61,14 @@ class _Maker(Dataset):
         self.crop_scale = form["crop_scale"]
         self.normalised = form["normalised"]
 
-    def __getitem__(self, ticket: tuple[int, int]) -> tuple[LoadedBatch, list[tuple[str, str]]]:
-        epoch, index = ticket
+    def __getitem__(self, ticket: tuple[int, int]) -> tuple[LoadedBatch | DataError, list[tuple[str, str]]]:
+        # Raised in a worker, an error would come out as the text of its traceback.
+        try:
+            return self._batch(*ticket)
+        except DataError as error:
+            return error, []
+
+    def _batch(self, epoch: int, index: int) -> tuple[LoadedBatch, list[tuple[str, str]]]:
         size = len(self.source)
         positions = index * self.global_batch + self.first + np.arange(self.local)
         chosen = shuffled(positions, size, mix(self.seed, epoch, _ORDER))
@@ -165,6 +171,8 @@ class Loader:
         if self._made is None:
             raise StopIteration
         batch, faults = next(self._made)
+        if isinstance(batch, DataError):
+            raise batch
         for key, cause in faults:
             self.skipped.sample(key, cause)
         return batch

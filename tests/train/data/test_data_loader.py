@@ -197,9 +197,11 @@ def test_stand_ins_of_one_image_share_its_id():
     assert batch.ids.tolist() == [2, 2, 2]
 
 
-def test_nothing_but_bad_samples_stops():
-    with pytest.raises(DataError, match="unreadable image"):
-        take(1, Numbers(8, bad=range(8)))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_bad_samples_stops(workers):
+    with pytest.raises(DataError, match="unreadable image") as caught:
+        take(1, Numbers(8, bad=range(8)), workers=workers)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("data source 'numbers'")
 
 
 def test_arguments_are_checked():
