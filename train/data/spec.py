@@ -9,6 +9,7 @@ import csv
 import difflib
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,15 @@ def _nearest_path(path: Path) -> str:
     return ""
 
 
+@contextmanager
+def told(path):
+    """Turns what the system refuses while a source is opened into one line that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"data source '{error.filename or path}': {error.strerror or error}") from None
+
+
 def _parse_options(kind: str, text: str, spec: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for item in text.split("&"):
@@ -123,11 +133,15 @@ def parse_spec(spec: str) -> SourceSpec:
         The source it names, its path made out but nothing opened.
 
     Raises:
-        DataError: not of the grammar, no such kind of source, or no such path.
+        DataError: not of the grammar, no such kind of source, no such path, or none that may be looked at.
     """
     if not spec or not spec.strip():
         raise DataError("data source: empty; give 'scenes', a .tsv or .csv file, or a folder that holds captions.tsv")
-    spec = spec.strip()
+    with told(spec.strip()):
+        return _parsed(spec.strip())
+
+
+def _parsed(spec: str) -> SourceSpec:
     source, mark, tail = spec.partition("?")
     if mark and not Path(source).exists() and Path(spec).exists():
         source, mark, tail = spec, "", ""
@@ -176,12 +190,9 @@ def header_columns(path: Path) -> dict[str, int]:
     Raises:
         DataError: unreadable, empty, or no such columns.
     """
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            first = next((line for line in iter(lambda: file.readline(1 << 16), "") if line.strip()), "")
-            has_rows = any(line.strip() for line in file)
-    except OSError as error:
-        raise DataError(f"data source '{path}': {error.strerror}") from None
+    with told(path), open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        first = next((line for line in iter(lambda: file.readline(1 << 16), "") if line.strip()), "")
+        has_rows = any(line.strip() for line in file)
     if not first:
         raise DataError(f"data source '{path}': empty file")
     names = [name.strip().lower() for name in split_rows([first], path)[0]]
@@ -221,6 +232,7 @@ def check_source(spec: str) -> SourceSpec:
     if parsed.kind == "table":
         header_columns(parsed.path)
         images = parsed.options.get("images")
-        if images is not None and not Path(images).is_dir():
-            raise DataError(f"data source: no folder '{images}'{_nearest_path(Path(images))}")
+        with told(images):
+            if images is not None and not Path(images).is_dir():
+                raise DataError(f"data source: no folder '{images}'{_nearest_path(Path(images))}")
     return parsed

@@ -17,7 +17,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from train.data.sample import BadSample, DataError, Region, Sample, Skipped, Source
-from train.data.spec import SPLITS, header_columns, is_tsv, quoted_nearest
+from train.data.spec import SPLITS, header_columns, is_tsv, quoted_nearest, told
 
 VAL_SHARE = 0.02
 LONGEST_CAPTION = 10_000
@@ -179,7 +179,8 @@ class Table(Source):
         self._captions: list[tuple[str, ...]] = []
         # Positions in the table of the captions kept, where some were left out: regions count as the table does.
         self._kept: dict[str, tuple[int, ...]] = {}
-        self._read(val_share, whole)
+        with told(self.path):
+            self._read(val_share, whole)
         # The folder that holds more of the first images is looked into first.
         first = self._images[:_LOOKED_AT]
         self._folders.sort(key=lambda folder: -sum(os.path.isfile(folder / name) for name in first))

@@ -342,6 +342,26 @@ def test_an_unreadable_table_is_told(folder):
         check_source(str(folder))
 
 
+@pytest.mark.parametrize("refused", ["pathlib.Path.exists", "pathlib.Path.is_file", "pathlib.Path.iterdir", "builtins.open"])
+def test_what_the_system_refuses_is_told(refused, folder, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (folder / "nothing").mkdir()
+    monkeypatch.setattr(refused, refuse)
+    path = folder / "nothing" if refused.endswith("iterdir") else folder
+    with pytest.raises(DataError, match=rf"^data source '{path}[^\n]*': Permission denied$"):
+        open_dataset(str(path))
+
+
+def test_names_too_long_for_the_system_are_told(folder):
+    for spec in ("a" * 5000, f"{folder}/captions.tsv?images={'a' * 5000}"):
+        with pytest.raises(DataError, match="File name too long"):
+            open_dataset(spec)
+    path = table(folder / "long.tsv", [["image", "caption", "split"], ["a" * 5000, "words", "train"]])
+    assert not list(readable(open_dataset(str(path))))
+
+
 def test_right_specifications(folder):
     assert parse_spec("scenes?count=10&fresh=false&seed=3").options == {"count": 10, "fresh": False, "seed": 3}
     assert check_source(str(folder)).path == folder / "captions.tsv"
