@@ -201,9 +201,7 @@ def header_columns(path: Path) -> dict[str, int]:
     for column, accepted in (("image", IMAGE_COLUMNS), ("caption", CAPTION_COLUMNS)):
         found = [name for name in accepted if name in names]
         if not found:
-            suggestion = next(
-                (quoted_nearest(name, accepted) for name in names if quoted_nearest(name, accepted)), ""
-            )
+            suggestion = next((quoted_nearest(name, accepted) for name in names if quoted_nearest(name, accepted)), "")
             raise DataError(
                 f"data source '{path}': no column of the header {names} is called "
                 f"{' or '.join(accepted)}{suggestion if len(names) > 1 else f'; is it separated by {separator}?'}"

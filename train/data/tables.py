@@ -1,8 +1,8 @@
 """Image-caption tables: TSV or CSV of image path and caption, one row a caption.
 
 Rows of one image are its captions. Paths are relative to the table's folder or to `images/` in it. Without a column
-`split` a fixed hash of the image's name holds out a small share for validation, two images where there are three, and never all.
-Rows that cannot be used are counted by cause; images are opened only when their sample is asked for.
+`split` a fixed hash of the image's name holds out a small share for validation, two images where there are three,
+and never all. Rows that cannot be used are counted by cause; images are opened only when their sample is asked for.
 """
 
 from __future__ import annotations
@@ -259,7 +259,9 @@ class Table(Source):
         if not 0 <= index < len(self._images):
             raise IndexError(f"sample {index} of {len(self._images)}")
         name = self._images[index]
-        return Sample(self._decode(name), self._captions[index], name, self._regions_of(name, len(self._captions[index])))
+        return Sample(
+            self._decode(name), self._captions[index], name, self._regions_of(name, len(self._captions[index]))
+        )
 
     def pair(self, index: int, pick: int):
         name, captions = self._images[index], self._captions[index]

@@ -342,7 +342,9 @@ def test_an_unreadable_table_is_told(folder):
         check_source(str(folder))
 
 
-@pytest.mark.parametrize("refused", ["pathlib.Path.exists", "pathlib.Path.is_file", "pathlib.Path.iterdir", "builtins.open"])
+@pytest.mark.parametrize(
+    "refused", ["pathlib.Path.exists", "pathlib.Path.is_file", "pathlib.Path.iterdir", "builtins.open"]
+)
 def test_what_the_system_refuses_is_told(refused, folder, monkeypatch):
     def refuse(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
