@@ -3,8 +3,9 @@
 Nothing here imports torch, so that a mistake is reported at once, before any process group exists.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 
@@ -14,12 +15,31 @@ from sycoca.config import MODEL_PRESETS, ConfigError, ModelConfig, nearest
 class Section:
     """Base of configuration dataclasses: unknown keys are errors."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _at_least(config: Any, **least: int) -> None:
+    for name, bound in least.items():
+        value = getattr(config, name)
+        require(value is None or value >= bound, f"{name}: {value}, needs at least {bound}")
+
+
+def _finite(config: Any, *names: str, zero: bool = False) -> None:
+    for name in names:
+        value = getattr(config, name)
+        held = value is None or (0 < value < math.inf or (zero and value == 0))
+        require(held, f"{name}: {value}, needs to be {'at least' if zero else 'above'} 0 and finite")
+
+
+def _shares(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value <= 1, f"{name}: {value}, must lie in 0..1")
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,11 @@ class OptimizerConfig(Section):
     eps: float = 1e-6
     weight_decay: float = 0.2
 
+    def __post_init__(self) -> None:
+        _finite(self, "lr", "eps")
+        _finite(self, "weight_decay", zero=True)
+        require(all(0 <= beta < 1 for beta in self.betas), f"betas: {self.betas}, each needs to be in 0..1, 1 excluded")
+
 
 @dataclass(frozen=True)
 class ScheduleConfig(Section):
@@ -39,6 +64,10 @@ class ScheduleConfig(Section):
     warmup_steps: int = 10_000
     decay_share: float = 0.2
     final_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, warmup_steps=0)
+        _shares(self, "decay_share", "final_share")
 
 
 @dataclass(frozen=True)
@@ -55,6 +84,12 @@ class DataConfig(Section):
     tokenizer: str = "clip"
     crop_scale: tuple[float, float] | None = (0.9, 1.0)
 
+    def __post_init__(self) -> None:
+        _at_least(self, val_pairs=2, workers=0)
+        if self.crop_scale is not None:
+            low, high = self.crop_scale
+            require(0 < low <= high <= 1, f"crop_scale: {self.crop_scale}, needs 0 < low <= high <= 1")
+
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
@@ -70,6 +105,12 @@ class TrainConfig(Section):
     save_every: int = 1000
     keep_last: int = 3
     timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, steps=1, micro_batch=1, accumulation=1, log_every=1, save_every=1, keep_last=1)
+        _finite(self, "epochs", "timeout_s")
+        # What torch seeds with is 64 bits wide.
+        require(0 <= self.seed < 2**63, f"seed: {self.seed}, needs to be in 0..2**63, 2**63 excluded")
 
 
 @dataclass(frozen=True)
@@ -89,7 +130,7 @@ PRESETS: dict[str, RunConfig] = {
         optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.05),
         schedule=ScheduleConfig(name="wsd", warmup_steps=40, decay_share=0.3),
         data=DataConfig(workers=1, tokenizer="bpe", crop_scale=None),
-        train=TrainConfig(steps=700, micro_batch=32, log_every=20, save_every=350, keep_last=2, precision="fp32"),
+        train=TrainConfig(steps=720, micro_batch=32, log_every=20, save_every=360, keep_last=2, precision="fp32"),
     ),
     "small": RunConfig(
         preset="small",

@@ -5,12 +5,13 @@ first, without importing DeepSpeed. Keys of features that this trainer does not 
 """
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from sycoca.config import ConfigError, from_dict, nearest
-from train.config import Section
+from train.config import Section, require
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,10 @@ class DeepSpeedJson(Section):
     memory_breakdown: bool = False
     dump_state: bool = False
 
+    def __post_init__(self) -> None:
+        clipping = self.gradient_clipping
+        require(0 <= clipping < math.inf, f"gradient_clipping: {clipping}, needs to be at least 0 and finite")
+
 
 # What DeepSpeed knows and this trainer has no use for: its own loaders, engines and monitors.
 UNUSED = frozenset(
@@ -233,8 +238,11 @@ def find(name: str, beside: Path) -> Path:
         ConfigError: there is none.
     """
     for path in (Path(name), beside / name):
-        if path.is_file():
-            return path
+        try:
+            if path.is_file():
+                return path
+        except OSError as error:
+            raise ConfigError(f"--config {path}: {error.strerror}") from None
     known = sorted(path.name for path in beside.glob("*.json"))
     near = nearest(Path(name).name, known) or f"; known: {', '.join(known)}"
     raise ConfigError(f"--config {name}: no such file{near}")
@@ -253,7 +261,14 @@ def read(path: Path) -> tuple[dict[str, Any], DeepSpeedJson]:
         ConfigError: not JSON, a key twice, an unknown key (the nearest right one is named) or a wrong type.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice, parse_float=_number)
+        data = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_no_key_twice,
+            parse_float=_number,
+            parse_constant=_no_constant,
+        )
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     except ConfigError as error:
@@ -276,6 +291,10 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
         raise ConfigError(f"key {twice} stands twice")
     return result
+
+
+def _no_constant(text: str) -> None:
+    raise ConfigError(f"{text} is no number of JSON")
 
 
 def _number(text: str) -> int | float:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from sycoca.config import ConfigError
 from sycoca.model import Batch
 from sycoca.tokenizer import Tokenizer
 from train.data import DataError, Source, batches, open_dataset
@@ -69,9 +70,16 @@ def open_inputs(launch: Launch, *, rank: int, world: int) -> Inputs:
     """Opens the sources, makes the run's folder and its tokenizer. All ranks call it.
 
     Raises:
+        ConfigError: the losses would depend on the number of ranks.
         DataError: a source holds too little, or its tokenizer does not fit the model.
     """
     config = launch.config
+    size_of_group, micro_batch = config.model.masking.local_group, config.train.micro_batch
+    if world > 1 and config.model.local_weight > 0 and micro_batch % size_of_group:
+        raise ConfigError(
+            f"model.masking.local_group {size_of_group} does not divide train.micro_batch {micro_batch}: {world} ranks "
+            "would contrast other groups than one process does"
+        )
     size = config.model.vision.image_size
     apart = config.data.val is not None
     train = open_dataset(config.data.train, "train", image_size=size, whole=apart)

@@ -253,31 +253,15 @@ def _precision(ds: deepspeed_json.DeepSpeedJson) -> str | None:
 
 
 def _settle(config: RunConfig, overrides: dict[str, Any], has_cuda: bool) -> RunConfig:
-    train, schedule = config.train, config.schedule
+    train = config.train
     if train.precision == "auto":
         train = replace(train, precision="bf16" if has_cuda else "fp32")
     if train.steps is not None and train.epochs is not None:
         if "train.epochs" in overrides and "train.steps" in overrides:
             raise ConfigError("train.steps and train.epochs are both given; one of them says how long the run is")
         train = replace(train, steps=None) if "train.epochs" in overrides else replace(train, epochs=None)
-    bounds = [
-        ("train.steps", train.steps, 1),
-        ("train.micro_batch", train.micro_batch, 1),
-        ("train.accumulation", train.accumulation, 1),
-        ("train.log_every", train.log_every, 1),
-        ("train.save_every", train.save_every, 1),
-        ("train.keep_last", train.keep_last, 1),
-        ("data.workers", config.data.workers, 0),
-        ("data.val_pairs", config.data.val_pairs, 2),
-        ("schedule.warmup_steps", schedule.warmup_steps, 0),
-    ]
-    for name, value, least in bounds:
-        if value is not None and value < least:
-            raise ConfigError(f"{name} is {value}, needs at least {least}")
-    if train.steps is None and (train.epochs is None or train.epochs <= 0):
-        raise ConfigError(f"train.epochs is {train.epochs}, needs to be above 0, or set train.steps")
-    if config.optimizer.lr <= 0:
-        raise ConfigError(f"optimizer.lr is {config.optimizer.lr}, needs to be above 0")
+    if train.steps is None and train.epochs is None:
+        raise ConfigError("train.steps and train.epochs are both none; one of them says how long the run is")
     return replace(config, train=train)
 
 
