@@ -164,25 +164,23 @@ class Display:
         self._live = None
         self._total = total_steps
         if sys.stdout.isatty():
-            from rich.console import Console
+            from rich.console import Group
+            from rich.live import Live
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.text import Text
 
-            self._live = Progress(
-                TextColumn("training"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[figures]}"),
-                console=Console(highlight=False),
-                expand=True,
-            )
-            self._task = self._live.add_task("train", total=total_steps, completed=first_step, figures="")
+            columns = TextColumn("training"), BarColumn(bar_width=None), MofNCompleteColumn()
+            self._bar = Progress(*columns, TimeRemainingColumn(compact=True), expand=True)
+            self._task = self._bar.add_task("train", total=total_steps, completed=first_step)
+            self._figures = Text("waiting for the first figures")
+            self._live = Live(Group(self._bar, self._figures), refresh_per_second=4)
             self._live.start()
 
     def show(self, row: dict) -> None:
         figures = format_figures(row)
         if self._live is not None:
-            self._live.update(self._task, completed=row["step"], figures=figures)
+            self._bar.update(self._task, completed=row["step"])
+            self._figures.plain = figures
         else:
             width = len(str(self._total))
             eta = timedelta(seconds=round(row["eta_s"]))
