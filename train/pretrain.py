@@ -159,10 +159,11 @@ def whole_model(engine, launch: Launch, device):
 def main() -> int:
     try:
         launch = parse(sys.argv[1:], script=Path(__file__).resolve(), has_cuda=has_cuda())
-    except ConfigError as error:
+    except (ConfigError, DataError, OSError) as error:
         # Every rank finds the same mistake; one of them tells it.
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            print(f"error: {told}", file=sys.stderr, flush=True)
         return 2
     try:
         pretrain(launch)
