@@ -45,7 +45,8 @@ def test_reaches_its_bars(main_job):
 def test_losses_fall_and_every_step_has_a_row(main_job):
     rows = metric_rows(main_job[0])
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    for name in ("itc", "caption", "tgmim"):
+    # TG-MIM's does not have to: its masks begin to follow the score, and hide what is hard, in the middle of the run.
+    for name in ("itc", "caption", "local"):
         assert sum(row[name] for row in rows[-10:]) < 0.8 * sum(row[name] for row in rows[:10])
 
 
