@@ -4,21 +4,12 @@ A checkpoint is DeepSpeed's (any ZeRO stage) plus the integers that the data ord
 """
 
 import os
-import re
 import shutil
 from pathlib import Path
 
 import torch.distributed as dist
 
-_TAG = re.compile(r"step_(\d{8})")
-
-
-def checkpoint_steps(run_dir: Path) -> list[int]:
-    """Steps of the complete checkpoints in a run's folder, ascending."""
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        return []
-    return sorted(int(match[1]) for match in map(_TAG.fullmatch, os.listdir(folder)) if match)
+from train.run_folder import checkpoint_steps
 
 
 def newest_checkpoint(run_dir: Path) -> int:

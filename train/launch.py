@@ -21,7 +21,12 @@ from train import deepspeed_json
 from train.config import PRESETS, RunConfig, preset
 from train.data.sample import DataError
 from train.data.spec import check_source
-from train.run_folder import check_writable, free_run_dir, read_run_config, resume_dir
+from train.run_folder import check_writable, checkpoint_steps, free_run_dir, read_run_config, resume_dir
+
+# With another value of these, or of the model's, what is continued would be another run.
+_FIXED = frozenset(
+    ["data.train", "data.val", "data.tokenizer", "train.seed", "train.micro_batch", "train.accumulation"]
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,12 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     ds_path = deepspeed_json.find(args.config, script.parent)
     ds_raw, ds = deepspeed_json.read(ds_path)
     run_dir = resume_dir(args.run_dir) if args.resume else None
-    config = read_run_config(run_dir) if args.resume else preset(args.preset, has_cuda)
+    if run_dir is None:
+        config = preset(args.preset, has_cuda)
+    else:
+        config, batch = read_run_config(run_dir)
+        _check_world(config, batch, world)
+    before = config
     if args.resume and args.preset not in (None, config.preset):
         raise ConfigError(f"--preset {args.preset} differs from the resumed run's, {config.preset}")
     overrides = dict(split_override(text, config) for text in args.overrides)
@@ -90,6 +100,8 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     config = _settle(config, overrides, has_cuda)
     if run_dir is None:
         run_dir = free_run_dir(args.run_dir, config.preset)
+    else:
+        _check_resumed(before, config, checkpoint_steps(run_dir)[-1])
     launch = Launch(config, _deepspeed_dict(ds_raw, ds, config, world), run_dir, args.resume, _notes(config))
     if args.print_config:
         print(json.dumps(effective(launch), indent=2))
@@ -97,6 +109,28 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     _check_sources(config)
     check_writable(run_dir)
     return launch
+
+
+def _check_world(config: RunConfig, batch: int, world: int) -> None:
+    train = config.train
+    asked = train.micro_batch * train.accumulation * world
+    if batch != asked:
+        ranks = batch // (train.micro_batch * train.accumulation)
+        raise ConfigError(
+            f"--resume: the run has train_batch_size {batch} on {ranks} rank(s), {world} rank(s) would make it {asked}"
+        )
+
+
+def _check_resumed(before: RunConfig, after: RunConfig, newest: int) -> None:
+    old = leaves(before)
+    for key, value in leaves(after).items():
+        if value != old[key] and (key.startswith("model.") or key in _FIXED):
+            raise ConfigError(f"--resume: {key} is {old[key]} in the run and cannot become {value}")
+    if after.train.steps is not None and after.train.steps < newest:
+        raise ConfigError(
+            f"--resume: train.steps was {before.train.steps}, cannot become {after.train.steps}: "
+            f"the newest checkpoint is of step {newest}"
+        )
 
 
 def leaves(config: Any, prefix: str = "") -> dict[str, Any]:

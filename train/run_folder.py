@@ -2,58 +2,90 @@
 
 import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sycoca.config import ConfigError, from_dict, nearest
 from train.config import RunConfig
 
+_TAG = re.compile(r"step_(\d{8})")
 
-def read_run_config(run_dir: Path) -> RunConfig:
-    """The configuration that a run wrote into its folder."""
+
+@contextmanager
+def _refusals(option: str, path: Path | None) -> Iterator[None]:
+    """What the system refuses becomes one line that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option} {path or ''}: {error.filename}: {error.strerror}".replace(" :", ":")) from None
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Steps of the complete checkpoints in a run's folder, ascending."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        tags = [_TAG.fullmatch(entry.name) for entry in entries if entry.is_dir()]
+    return sorted(int(tag[1]) for tag in tags if tag)
+
+
+def read_run_config(run_dir: Path) -> tuple[RunConfig, int]:
+    """The configuration that a run wrote into its folder, and its global batch in pairs."""
     path = run_dir / "config.json"
     try:
-        return from_dict(RunConfig, json.loads(path.read_text(encoding="utf-8"))["run"])
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return from_dict(RunConfig, data["run"]), int(data["deepspeed"]["train_batch_size"])
     except FileNotFoundError:
         raise ConfigError(f"{run_dir}: no config.json, so nothing to resume") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise ConfigError(f"{path}: {error.args[0]}: missing") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
 def resume_dir(asked: Path | None) -> Path:
     """The folder to resume: the one given, else the newest under runs/ that has a checkpoint."""
-    if asked is not None:
-        if not asked.is_dir():
-            known = [str(path) for path in asked.parent.glob("*/")]
-            raise ConfigError(f"--run-dir {asked}: no such folder{nearest(str(asked), known)}")
-        candidates = [asked]
-    else:
-        candidates = sorted(Path("runs").glob("*/"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for candidate in candidates:
-        if any(candidate.glob("checkpoints/step_*")):
-            return candidate
+    with _refusals("--run-dir" if asked else "--resume", asked):
+        if asked is not None:
+            if not asked.is_dir():
+                known = [str(path) for path in asked.parent.glob("*/")]
+                raise ConfigError(f"--run-dir {asked}: no such folder{nearest(str(asked), known)}")
+            candidates = [asked]
+        else:
+            candidates = sorted(Path("runs").glob("*/"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for candidate in candidates:
+            if checkpoint_steps(candidate):
+                return candidate
     raise ConfigError(f"--resume: no checkpoint in {asked or 'runs/'}")
 
 
 def free_run_dir(asked: Path | None, name: str) -> Path:
     """The folder of a fresh run. Every rank derives the same one, as none creates it before all have."""
-    if asked is not None:
-        if asked.exists() and not asked.is_dir():
-            raise ConfigError(f"--run-dir {asked}: is a file")
-        if asked.is_dir() and any(asked.iterdir()):
-            raise ConfigError(
-                f"--run-dir {asked}: already holds a run; add --resume to continue it, or name another folder"
-            )
-        return asked
-    number = 1
-    while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return path
+    with _refusals("--run-dir", asked):
+        if asked is not None:
+            if asked.exists() and not asked.is_dir():
+                raise ConfigError(f"--run-dir {asked}: is a file")
+            if asked.is_dir() and any(asked.iterdir()):
+                raise ConfigError(
+                    f"--run-dir {asked}: already holds a run; add --resume to continue it, or name another folder"
+                )
+            return asked
+        number = 1
+        while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+            number += 1
+        return path
 
 
 def check_writable(run_dir: Path) -> None:
     """Raises ConfigError where the folder of the run cannot be made or written."""
-    parent = run_dir
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"--run-dir {run_dir}: no permission to write in {parent.resolve()}")
+    with _refusals("--run-dir", run_dir):
+        parent = run_dir
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise ConfigError(f"--run-dir {run_dir}: no permission to write in {parent.resolve()}")

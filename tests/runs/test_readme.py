@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from train.run_folder import checkpoint_steps
+
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = (
     " train.steps=2 micro_batch=4 local_group=4 val_pairs=4 warmup_steps=1 data.workers=0 model.vision.depth=1"
@@ -25,7 +27,7 @@ COMMANDS = {
     "deepspeed --num_gpus 2 train/pretrain.py --config ds_zero1.json train.steps=20": SHORT.replace(
         "train.steps=2", ""
     ),
-    "deepspeed train/pretrain.py --config ds_zero2.json --resume": " train.steps=4",
+    "deepspeed train/pretrain.py --config ds_zero2.json --resume --run-dir runs/tiny": "two steps more",
     "pytest bench/ --benchmark-only": None,  # tests/runs/test_bench.py
 }
 
@@ -67,6 +69,11 @@ def captions(checkout):
 
 @pytest.mark.run
 @pytest.mark.parametrize("line", [line for line in readme_commands() if COMMANDS[line] is not None])
-def test_command_of_the_readme_runs(line, command, captions):
-    done = command(line + COMMANDS[line])
+def test_command_of_the_readme_runs(line, command, checkout, captions):
+    added = COMMANDS[line]
+    if added == "two steps more":
+        if not (checkout / "runs" / "tiny").exists():
+            command(f"python train/pretrain.py --config ds_zero2.json --run-dir runs/tiny{SHORT}")
+        added = f" train.steps={checkpoint_steps(checkout / 'runs' / 'tiny')[-1] + 2}"
+    done = command(line + added)
     assert done.code == 0, done.out[-1500:] + done.err[-3000:]

@@ -1,6 +1,7 @@
 """Which checkpoints count, and which are kept."""
 
-from train.checkpoints import checkpoint_steps, newest_checkpoint
+from train.checkpoints import newest_checkpoint
+from train.run_folder import checkpoint_steps
 
 
 def test_only_complete_checkpoints_count(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from sycoca.config import ConfigError, to_dict
 from train.config import PRESETS
-from train.launch import parse
+from train.launch import effective, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train" / "pretrain.py"
@@ -123,6 +123,9 @@ BAD = {
     "data given twice": (["--data", "scenes", "data.train=other"], None, "data.train"),
     "unknown tokenizer": (["data.tokenizer=none.json"], None, "none.json"),
     "run to resume is missing": (["--resume", "--run-dir", "nowhere"], None, "nowhere"),
+    "name too long for a run": (["--run-dir", "x" * 300], None, "File name too long"),
+    "name too long to resume": (["--resume", "--run-dir", "x" * 300], None, "File name too long"),
+    "name too long for a JSON": (["--config", "x" * 300], None, "File name too long"),
     "nothing to resume": (["--resume"], None, "no checkpoint"),
     "no such JSON": (["--config", "ds_zero9.json"], None, "ds_zero"),
     "not JSON": ([], "{", "not valid JSON"),
@@ -153,6 +156,59 @@ def test_mistakes_are_one_line_that_names_the_key(launch, case):
         launch(*argv, config=config)
     message = str(caught.value)
     assert expected in message and "\n" not in message
+
+
+@pytest.fixture
+def stopped(launch, tmp_path):
+    """The folder of a run that stopped after step 5, its configuration as the run wrote it."""
+    started = launch("--run-dir", "runs/run", "steps=10", "micro_batch=4", world=2)
+    (tmp_path / "runs" / "run" / "checkpoints" / "step_00000005").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "config.json").write_text(json.dumps(effective(started)))
+    return tmp_path / "runs" / "run"
+
+
+NO_RESUME = {
+    "model": (["model.vision.depth=1"], 2, "model.vision.depth is 4"),
+    "objectives": (["objectives=itc"], 2, "model.objectives"),
+    "source": (["--data", "scenes?count=100"], 2, "data.train"),
+    "held-out source": (["data.val=scenes"], 2, "data.val"),
+    "tokenizer": (["data.tokenizer=clip"], 2, "data.tokenizer"),
+    "seed": (["train.seed=1"], 2, "train.seed is 0 in the run and cannot become 1"),
+    "batch": (["micro_batch=8"], 2, "train.micro_batch"),
+    "accumulation": (["accumulation=2"], 2, "train.accumulation"),
+    "ranks": ([], 1, "train_batch_size 8 on 2 rank(s)"),
+    "end before the checkpoint": (["steps=4"], 2, "train.steps"),
+}
+
+
+@pytest.mark.parametrize("case", NO_RESUME)
+def test_a_change_that_makes_another_run_is_no_resume(launch, stopped, case):
+    argv, world, expected = NO_RESUME[case]
+    with pytest.raises(ConfigError, match="--resume") as caught:
+        launch("--resume", "--run-dir", "runs/run", *argv, world=world)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_resumed_run_may_be_longer_and_learn_otherwise(launch, stopped):
+    argv = ["steps=20", "log_every=1", "save_every=2", "keep_last=1", "workers=0", "lr=1e-4", "micro_batch=4"]
+    config = launch("--resume", *argv, world=2).config
+    assert (config.train.steps, config.train.keep_last, config.optimizer.lr) == (20, 1, 1e-4)
+    assert launch("--resume", "epochs=3", world=2).config.train.steps is None
+
+
+@pytest.mark.parametrize("name", ["step_5", "step_00000005.tmp", "step_000000050"])
+def test_only_complete_checkpoints_are_resumed(launch, stopped, name):
+    (stopped / "checkpoints" / "step_00000005").rename(stopped / "checkpoints" / name)
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        launch("--resume", world=2)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable to root")
+@pytest.mark.parametrize("option", ["--run-dir", "--config"])
+def test_unreadable_folder_is_one_line(launch, tmp_path, option):
+    (tmp_path / "shut").mkdir(mode=0)
+    with pytest.raises(ConfigError, match="shut.*Permission denied"):
+        launch(option, "shut/inner/name")
 
 
 def test_run_folder_that_holds_a_run_is_refused(launch, tmp_path):
