@@ -67,6 +67,14 @@ def test_json_wins_over_the_preset(launch):
     assert any("2 separate contrastive batches" in note for note in result.notes)
 
 
+@pytest.mark.parametrize(
+    ("argv", "batch"), [(["micro_batch=16"], (16, 2)), (["accumulation=4"], (8, 4)), ([], (32, 1))]
+)
+def test_the_batch_of_the_json_is_solved_for_what_is_left_open(launch, argv, batch):
+    train = launch(*argv, config={"train_batch_size": 64}, world=2).config.train
+    assert (train.micro_batch, train.accumulation) == batch
+
+
 def test_auto_means_from_the_preset_for_the_keys_the_preset_owns(launch):
     config = {
         "train_batch_size": "auto",
@@ -145,7 +153,21 @@ BAD = {
     "two precisions": ([], {"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16"),
     "rate in JSON and override": (["lr=1"], {"optimizer": {"type": "AdamW", "params": {"lr": 2.0}}}, "optimizer.lr"),
     "batch in JSON and override": (["micro_batch=8"], {"train_micro_batch_size_per_gpu": 4}, "train.micro_batch"),
-    "precision in JSON and override": (["precision=fp32"], {"bf16": {"enabled": True}}, "train.precision"),
+    "precision in JSON and override": (["precision=fp32"], {"bf16": {"enabled": True}}, "bf16.enabled: true"),
+    "schedule in JSON and override": (["schedule.name=wsd"], {"scheduler": {"type": "WarmupLR"}}, '"WarmupLR"'),
+    "total and a part that does not divide it": (["micro_batch=7"], {"train_batch_size": 64}, "train.micro_batch=7"),
+    "total and both parts": (["micro_batch=8", "accumulation=2"], {"train_batch_size": 64}, "train_batch_size: 64"),
+    "total, part and override": (
+        ["micro_batch=8"],
+        {"train_batch_size": 64, "gradient_accumulation_steps": 2},
+        "train.micro_batch=8, gradient_accumulation_steps: 2",
+    ),
+    "override twice": (["lr=1", "optimizer.lr=2"], None, "optimizer.lr is given twice"),
+    "steps in JSON and epochs": (
+        ["epochs=2"],
+        {"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 70}}},
+        "scheduler.params.total_num_steps: 70, but the command line says train.epochs=2",
+    ),
 }
 
 
