@@ -21,6 +21,7 @@ from train import deepspeed_json
 from train.config import PRESETS, RunConfig, preset
 from train.data.sample import DataError
 from train.data.spec import check_source
+from train.precedence import taken_over
 from train.run_folder import check_writable, checkpoint_steps, free_run_dir, read_run_config, resume_dir
 
 # With another value of these, or of the model's, what is continued would be another run.
@@ -90,13 +91,13 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     before = config
     if args.resume and args.preset not in (None, config.preset):
         raise ConfigError(f"--preset {args.preset} differs from the resumed run's, {config.preset}")
-    overrides = dict(split_override(text, config) for text in args.overrides)
+    overrides = split_overrides(args.overrides, config)
     if args.data is not None:
         if overrides.get("data.train", args.data) != args.data:
             raise ConfigError(f"--data {args.data} and data.train={overrides['data.train']} differ")
         overrides["data.train"] = args.data
     config = apply_overrides(config, overrides)
-    config = absorb_deepspeed(config, ds, overrides, ds_path.name, world)
+    config = apply_overrides(config, taken_over(ds, config, overrides, ds_path.name, world))
     config = _settle(config, overrides, has_cuda)
     if run_dir is None:
         run_dir = free_run_dir(args.run_dir, config.preset)
@@ -140,6 +141,17 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(config, field.name)
         name = prefix + field.name
         result.update(leaves(value, name + ".") if is_dataclass(value) else {name: value})
+    return result
+
+
+def split_overrides(texts: list[str], config: RunConfig) -> dict[str, Any]:
+    """Full dotted key -> value of the overrides of a command line; each key may be given once."""
+    result: dict[str, Any] = {}
+    for text in texts:
+        key, value = split_override(text, config)
+        if key in result:
+            raise ConfigError(f"{key} is given twice, as {result[key]} and as {value}")
+        result[key] = value
     return result
 
 
@@ -192,98 +204,6 @@ def apply_overrides(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
             group = group[part]
         group[leaf] = value
     return from_dict(RunConfig, data)
-
-
-def absorb_deepspeed(
-    config: RunConfig, ds: deepspeed_json.DeepSpeedJson, overrides: dict[str, Any], name: str, world: int
-) -> RunConfig:
-    """Takes over what the JSON says of batch, precision, optimizer and schedule.
-
-    The JSON wins over the preset; against an explicit override that differs it is an error; "auto" leaves the preset's.
-    """
-    found = _from_deepspeed(ds, config, world)
-    for key, (value, json_key) in found.items():
-        if value in (None, "auto"):
-            continue
-        value = list(value) if isinstance(value, tuple) else value
-        if key in overrides and overrides[key] != value:
-            raise ConfigError(
-                f"{name} says {json_key}: {json.dumps(value)}, but the command line says {key}={overrides[key]}"
-            )
-    return apply_overrides(
-        config, {key: _plain(value) for key, (value, _) in found.items() if value not in (None, "auto")}
-    )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _from_deepspeed(ds: deepspeed_json.DeepSpeedJson, config: RunConfig, world: int) -> dict[str, tuple[Any, str]]:
-    micro, accumulation = ds.train_micro_batch_size_per_gpu, ds.gradient_accumulation_steps
-    total = ds.train_batch_size
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        value = getattr(ds, key)
-        if isinstance(value, int) and value < 1:
-            raise ConfigError(f"{key} is {value}, needs at least 1")
-    if isinstance(total, int):
-        factors = [f for f in (micro, accumulation) if isinstance(f, int)]
-        product = world
-        for factor in factors:
-            product *= factor
-        if (len(factors) == 2 and product != total) or total % product:
-            raise ConfigError(
-                f"train_batch_size {total} is not train_micro_batch_size_per_gpu {micro or 'unset'} x "
-                f"gradient_accumulation_steps {accumulation or 'unset'} x {world} rank(s)"
-            )
-        if not isinstance(micro, int):
-            accumulation = accumulation if isinstance(accumulation, int) else config.train.accumulation
-            if total % (accumulation * world):
-                raise ConfigError(
-                    f"train_batch_size {total} is no multiple of gradient_accumulation_steps {accumulation} "
-                    f"x {world} rank(s)"
-                )
-            micro = total // (accumulation * world)
-        elif not isinstance(accumulation, int):
-            accumulation = total // (micro * world)
-    result: dict[str, tuple[Any, str]] = {
-        "train.micro_batch": (micro, "train_micro_batch_size_per_gpu"),
-        "train.accumulation": (accumulation, "gradient_accumulation_steps"),
-        "train.precision": (_precision(ds), "precision"),
-    }
-    if ds.optimizer is not None:
-        for field in ("lr", "betas", "eps", "weight_decay"):
-            result[f"optimizer.{field}"] = (getattr(ds.optimizer.params, field), f"optimizer.params.{field}")
-    if ds.scheduler is not None:
-        names = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine", "auto": "auto"}
-        params = ds.scheduler.params
-        result["schedule.name"] = (names[ds.scheduler.type], "scheduler.type")
-        result["schedule.warmup_steps"] = (params.warmup_num_steps, "scheduler.params.warmup_num_steps")
-        result["schedule.final_share"] = (params.cos_min_ratio, "scheduler.params.cos_min_ratio")
-        result["train.steps"] = (params.total_num_steps, "scheduler.params.total_num_steps")
-        lr = params.warmup_max_lr
-        if isinstance(lr, float) and result.get("optimizer.lr", (lr,))[0] not in (None, "auto", lr):
-            raise ConfigError(
-                f"scheduler.params.warmup_max_lr {lr} and optimizer.params.lr {result['optimizer.lr'][0]} differ"
-            )
-        if isinstance(lr, float):
-            result["optimizer.lr"] = (lr, "scheduler.params.warmup_max_lr")
-    given = {key: value for key, value in result.items() if value[0] not in (None, "auto")}
-    return {key: (list(v) if isinstance(v, tuple) else v, json_key) for key, (v, json_key) in given.items()}
-
-
-def _precision(ds: deepspeed_json.DeepSpeedJson) -> str | None:
-    sections = {"fp16": ds.fp16, "bf16": ds.bf16, "torch_autocast": ds.torch_autocast}
-    on = [name for name, section in sections.items() if section is not None and section.enabled is True]
-    if len(on) > 1:
-        raise ConfigError(f"{on[0]}.enabled and {on[1]}.enabled are both true")
-    if on:
-        return {"fp16": "fp16", "bf16": "bf16"}.get(on[0]) or {"bfloat16": "bf16", "float16": "fp16"}[
-            ds.torch_autocast.dtype
-        ]
-    if any(section is not None and section.enabled is False for section in sections.values()):
-        return "fp32"
-    return None
 
 
 def _settle(config: RunConfig, overrides: dict[str, Any], has_cuda: bool) -> RunConfig:
