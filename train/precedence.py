@@ -60,9 +60,7 @@ def _words(key: str, value: Any) -> str:
     return f"{key}: {json.dumps(value)}"
 
 
-def _batch(
-    ds: DeepSpeedJson, config: RunConfig, overrides: dict[str, Any], name: str, world: int
-) -> dict[str, _Said]:
+def _batch(ds: DeepSpeedJson, config: RunConfig, overrides: dict[str, Any], name: str, world: int) -> dict[str, _Said]:
     """`train_batch_size` = micro batch x accumulation x ranks, solved for what neither file nor command line says."""
     parts = {
         "train.micro_batch": "train_micro_batch_size_per_gpu",

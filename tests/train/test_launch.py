@@ -229,7 +229,7 @@ def test_only_complete_checkpoints_are_resumed(launch, stopped, name):
 @pytest.mark.parametrize("option", ["--run-dir", "--config"])
 def test_unreadable_folder_is_one_line(launch, tmp_path, option):
     (tmp_path / "shut").mkdir(mode=0)
-    with pytest.raises(ConfigError, match="shut.*Permission denied"):
+    with pytest.raises(ConfigError, match=r"shut.*Permission denied"):
         launch(option, "shut/inner/name")
 
 
