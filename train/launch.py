@@ -19,8 +19,7 @@ from typing import Any, Literal
 from sycoca.config import ConfigError, from_dict, nearest, to_dict
 from train import deepspeed_json
 from train.config import PRESETS, RunConfig, preset
-from train.data.sample import DataError
-from train.data.spec import check_source
+from train.data import DataError, open_dataset
 from train.precedence import taken_over
 from train.run_folder import check_writable, checkpoint_steps, free_run_dir, read_run_config, resume_dir
 
@@ -28,6 +27,8 @@ from train.run_folder import check_writable, checkpoint_steps, free_run_dir, rea
 _FIXED = frozenset(
     ["data.train", "data.val", "data.tokenizer", "train.seed", "train.micro_batch", "train.accumulation"]
 )
+# The bytes and the special tokens.
+_LEAST_VOCABULARY = 256 + 3
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,20 @@ class Launch:
     notes: tuple[str, ...] = ()
 
 
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are a ConfigError: told once, by one rank, in one line."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        if not message.startswith("unrecognized arguments: "):
+            raise ConfigError(message)
+        raise ConfigError(f"{unknown}: unknown option{nearest(unknown, self._option_string_actions)}")
+
+
 def parser(prog: str) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog=prog,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Pre-trains SyCoCa or CoCa under DeepSpeed ZeRO.",
         epilog="examples:\n"
@@ -100,15 +112,18 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     config = apply_overrides(config, taken_over(ds, config, overrides, ds_path.name, world))
     config = _settle(config, overrides, has_cuda)
     if run_dir is None:
-        run_dir = free_run_dir(args.run_dir, config.preset)
+        run_dir, newest = free_run_dir(args.run_dir, config.preset), 0
     else:
-        _check_resumed(before, config, checkpoint_steps(run_dir)[-1])
+        newest = checkpoint_steps(run_dir)[-1]
+        _check_resumed(before, config, newest)
     launch = Launch(config, _deepspeed_dict(ds_raw, ds, config, world), run_dir, args.resume, _notes(config))
-    if args.print_config:
-        print(json.dumps(effective(launch), indent=2))
-        sys.exit(0)
-    _check_sources(config)
+    _check_sources(config, world, newest)
+    _check_tokenizer(config)
     check_writable(run_dir)
+    if args.print_config:
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(effective(launch), indent=2))
+        sys.exit(0)
     return launch
 
 
@@ -250,16 +265,44 @@ def effective(launch: Launch) -> dict[str, Any]:
     return {"run": to_dict(launch.config), "deepspeed": launch.deepspeed}
 
 
-def _check_sources(config: RunConfig) -> None:
-    for spec in filter(None, (config.data.train, config.data.val)):
-        try:
-            check_source(spec)
-        except DataError as error:
-            raise ConfigError(str(error)) from None
-    name = config.data.tokenizer
-    if name == "clip" and importlib.util.find_spec("open_clip") is None:
+def _check_sources(config: RunConfig, world: int, newest: int) -> None:
+    data, train, size = config.data, config.train, config.model.vision.image_size
+    apart = data.val is not None
+    try:
+        samples = len(open_dataset(data.train, "train", image_size=size, whole=apart))
+        held_out = len(open_dataset(data.val or data.train, "val", image_size=size, whole=apart))
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    batches = samples // (train.micro_batch * world)
+    if batches == 0:
         raise ConfigError(
-            f'data.tokenizer=clip (preset {config.preset}) needs CLIP\'s vocabulary: pip install "sycoca[openclip]"'
+            f"data.train={data.train}: {samples} samples do not fill a batch of train.micro_batch "
+            f"{train.micro_batch} x {world} rank(s)"
         )
-    if name not in ("clip", "bpe") and not Path(name).is_file():
-        raise ConfigError(f"data.tokenizer={name}: no such file; known: bpe, clip, or a tokenizer.json")
+    if held_out < 2:
+        raise ConfigError(f"data.{'val' if apart else 'train'}={data.val or data.train}: {held_out} held out, needs 2")
+    if train.epochs is not None and (steps := int(train.epochs * (batches // train.accumulation))) < newest:
+        raise ConfigError(
+            f"--resume: train.epochs {train.epochs} end at step {steps}, the newest checkpoint is of step {newest}"
+        )
+
+
+def _check_tokenizer(config: RunConfig) -> None:
+    name = config.data.tokenizer
+    if name == "bpe":
+        if (rows := config.model.text.vocab_size) < _LEAST_VOCABULARY:
+            raise ConfigError(f"model.text.vocab_size is {rows}, data.tokenizer=bpe needs at least {_LEAST_VOCABULARY}")
+    elif name == "clip":
+        if importlib.util.find_spec("open_clip") is None:
+            raise ConfigError(
+                f'data.tokenizer=clip (preset {config.preset}) needs CLIP\'s vocabulary: pip install "sycoca[openclip]"'
+            )
+    else:
+        try:
+            json.loads(Path(name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"data.tokenizer={name}: no such file; known: bpe, clip, or a tokenizer.json") from None
+        except OSError as error:
+            raise ConfigError(f"data.tokenizer={name}: {error.strerror}") from None
+        except ValueError:
+            raise ConfigError(f"data.tokenizer={name}: not a JSON file") from None

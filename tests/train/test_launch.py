@@ -125,6 +125,13 @@ BAD = {
     "clipping beyond a float": ([], '{"gradient_clipping": 1e400}', "gradient_clipping"),
     "negative clipping": ([], {"gradient_clipping": -1}, "gradient_clipping"),
     "steps and epochs": (["train.steps=3", "train.epochs=1"], None, "train.epochs"),
+    "typo of an option": (["--preste", "tiny"], None, "--preste: unknown option; did you mean '--preset'?"),
+    "typo of an option with a value": (["--preste=tiny"], None, "did you mean '--preset'?"),
+    "shortened option": (["--pre", "tiny"], None, "--pre: unknown option"),
+    "option without its value": (["--preset"], None, "--preset"),
+    "too few samples": (["--data", "scenes?count=40", "micro_batch=41"], None, "40 samples do not fill a batch"),
+    "vocabulary below the bytes": (["model.text.vocab_size=258"], None, "model.text.vocab_size"),
+    "printed configuration of missing data": (["--print-config", "--data", "captions.tsv"], None, "captions.tsv"),
     "unknown preset": (["--preset", "tinny"], None, "tiny"),
     "unknown objective": (["objectives=itc,icc"], None, "ic"),
     "missing data": (["--data", "captions.tsv"], None, "captions.tsv"),
@@ -216,6 +223,8 @@ def test_a_resumed_run_may_be_longer_and_learn_otherwise(launch, stopped):
     config = launch("--resume", *argv, world=2).config
     assert (config.train.steps, config.train.keep_last, config.optimizer.lr) == (20, 1, 1e-4)
     assert launch("--resume", "epochs=3", world=2).config.train.steps is None
+    with pytest.raises(ConfigError, match=r"train\.epochs 0\.0001 end at step 0"):
+        launch("--resume", "epochs=0.0001", world=2)
 
 
 @pytest.mark.parametrize("name", ["step_5", "step_00000005.tmp", "step_000000050"])
@@ -231,6 +240,39 @@ def test_unreadable_folder_is_one_line(launch, tmp_path, option):
     (tmp_path / "shut").mkdir(mode=0)
     with pytest.raises(ConfigError, match=r"shut.*Permission denied"):
         launch(option, "shut/inner/name")
+
+
+def test_samples_are_counted_over_all_ranks(launch):
+    argv = ["--data", "scenes?count=40", "micro_batch=20"]
+    assert launch(*argv, world=2).config.train.micro_batch == 20
+    with pytest.raises(ConfigError, match="do not fill"):
+        launch(*argv, world=3)
+
+
+def test_table_without_enough_held_out_samples_is_refused(launch, tmp_path):
+    rows = "".join(f"{i}.png\tcaption {i}\t{split}\n" for i, split in enumerate(["train"] * 40 + ["val"]))
+    (tmp_path / "captions.tsv").write_text("image\tcaption\tsplit\n" + rows)
+    with pytest.raises(ConfigError, match="held"):
+        launch("--data", "captions.tsv")
+
+
+def test_tokenizer_that_is_no_json_is_refused(launch, tmp_path):
+    for content in (b"{", b"\xff\xfe"):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"data\.tokenizer=tokenizer\.json: not a JSON file"):
+            launch("data.tokenizer=tokenizer.json")
+    with pytest.raises(ConfigError, match="directory"):
+        launch("data.tokenizer=.")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_prints_the_configuration(launch, monkeypatch, capsys, rank):
+    monkeypatch.setenv("RANK", str(rank))
+    with pytest.raises(SystemExit) as stop:
+        launch("--print-config", world=2)
+    printed = capsys.readouterr()
+    assert not stop.value.code and not printed.err
+    assert (json.loads(printed.out)["run"]["preset"] == "tiny") if rank == 0 else (printed.out == "")
 
 
 def test_run_folder_that_holds_a_run_is_refused(launch, tmp_path):
