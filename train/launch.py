@@ -98,8 +98,10 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     if run_dir is None:
         config = preset(args.preset, has_cuda)
     else:
-        config, batch = read_run_config(run_dir)
+        config, batch, stage = read_run_config(run_dir)
         _check_world(config, batch, world)
+        if (asked := ds.zero_optimization.stage) != stage:
+            raise ConfigError(f"--resume: the run has ZeRO stage {stage}, {ds_path.name} asks for stage {asked}")
     before = config
     if args.resume and args.preset not in (None, config.preset):
         raise ConfigError(f"--preset {args.preset} differs from the resumed run's, {config.preset}")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from sycoca.config import ConfigError, from_dict, nearest
 from train.config import RunConfig
@@ -32,12 +33,22 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
     return sorted(int(tag[1]) for tag in tags if tag)
 
 
-def read_run_config(run_dir: Path) -> tuple[RunConfig, int]:
-    """The configuration that a run wrote into its folder, and its global batch in pairs."""
+class Written(NamedTuple):
+    """What a run wrote into its folder: its configuration, its global batch in pairs, its ZeRO stage."""
+
+    config: RunConfig
+    batch: int
+    stage: int
+
+
+def read_run_config(run_dir: Path) -> Written:
+    """The configuration that lies in a run's folder."""
     path = run_dir / "config.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return from_dict(RunConfig, data["run"]), int(data["deepspeed"]["train_batch_size"])
+        ds = data["deepspeed"]
+        stage = ds.get("zero_optimization", {}).get("stage", 0)
+        return Written(from_dict(RunConfig, data["run"]), int(ds["train_batch_size"]), int(stage))
     except FileNotFoundError:
         raise ConfigError(f"{run_dir}: no config.json, so nothing to resume") from None
     except KeyError as error:

@@ -1,6 +1,7 @@
 """Every command of the README is executed: as it stands, or with the options named here that make it short."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ COMMANDS = {
     "deepspeed train/pretrain.py --config ds_zero2.json --print-config": "",
     "deepspeed train/pretrain.py --config ds_zero3.json train.steps=20 model.vision.depth=2": SHORT.replace(
         "train.steps=2", ""
-    ),
+    ).replace("model.vision.depth=1", ""),
     "deepspeed --num_gpus 2 train/pretrain.py --config ds_zero1.json train.steps=20": SHORT.replace(
         "train.steps=2", ""
     ),
@@ -72,8 +73,8 @@ def captions(checkout):
 def test_command_of_the_readme_runs(line, command, checkout, captions):
     added = COMMANDS[line]
     if added == "two steps more":
-        if not (checkout / "runs" / "tiny").exists():
-            command(f"python train/pretrain.py --config ds_zero2.json --run-dir runs/tiny{SHORT}")
+        shutil.rmtree(checkout / "runs" / "tiny", ignore_errors=True)
+        command(f"python train/pretrain.py --config ds_zero2.json --run-dir runs/tiny{SHORT}")
         added = f" train.steps={checkpoint_steps(checkout / 'runs' / 'tiny')[-1] + 2}"
     done = command(line + added)
     assert done.code == 0, done.out[-1500:] + done.err[-3000:]

@@ -218,6 +218,11 @@ def test_a_change_that_makes_another_run_is_no_resume(launch, stopped, case):
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_another_zero_stage_is_no_resume(launch, stopped):
+    with pytest.raises(ConfigError, match="the run has ZeRO stage 2, .* asks for stage 3"):
+        launch("--resume", "--run-dir", "runs/run", config={"zero_optimization": {"stage": 3}}, world=2)
+
+
 def test_a_resumed_run_may_be_longer_and_learn_otherwise(launch, stopped):
     argv = ["steps=20", "log_every=1", "save_every=2", "keep_last=1", "workers=0", "lr=1e-4", "micro_batch=4"]
     config = launch("--resume", *argv, world=2).config
