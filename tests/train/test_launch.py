@@ -219,7 +219,7 @@ def test_a_change_that_makes_another_run_is_no_resume(launch, stopped, case):
 
 
 def test_another_zero_stage_is_no_resume(launch, stopped):
-    with pytest.raises(ConfigError, match="the run has ZeRO stage 2, .* asks for stage 3"):
+    with pytest.raises(ConfigError, match=r"the run has ZeRO stage 2, .* asks for stage 3"):
         launch("--resume", "--run-dir", "runs/run", config={"zero_optimization": {"stage": 3}}, world=2)
 
 
