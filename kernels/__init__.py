@@ -1,6 +1,6 @@
 """Fused operators for contrastive and masked image-text training, on torch tensors."""
 
-from kernels.dispatch import implementations
+from kernels.dispatch import Choice, explain, implementations
 from kernels.groups import GatheredTexts, gather_texts
 from kernels.itc import fused_itc_loss
 from kernels.itc_module import FusedClipLoss
@@ -10,11 +10,13 @@ from kernels.select import PatchSelection, attentive_select
 from kernels.siglip import FusedSigLipLoss, fused_siglip_loss
 
 __all__ = [
+    "Choice",
     "FusedClipLoss",
     "FusedSigLipLoss",
     "GatheredTexts",
     "PatchSelection",
     "attentive_select",
+    "explain",
     "fused_itc_loss",
     "fused_siglip_loss",
     "gather_patches",

@@ -6,7 +6,9 @@
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -52,6 +54,41 @@ def implementations(operator: str) -> tuple[str, ...]:
         ValueError: the operator is unknown.
     """
     return tuple(name for name in _declared(operator) if _obstacle(name, None) is None)
+
+
+class Choice(NamedTuple):
+    """What `impl="auto"` takes on a device, and why.
+
+    Attributes:
+        taken: name of the implementation that a large problem gets.
+        reason: the rule and the measured row behind it, or that nobody measured it.
+        obstacles: why each of the others that cannot run there cannot, by name.
+    """
+
+    taken: str
+    reason: str
+    obstacles: dict[str, str]
+
+
+def explain(operator: str, device: torch.device | str = "cpu") -> Choice:
+    """Which implementation of an operator runs on tensors of a device.
+
+    Args:
+        operator: public name of the operator, such as `"fused_itc_loss"`.
+        device: where the tensors would be.
+
+    Returns:
+        The choice.
+
+    Raises:
+        ValueError: the operator is unknown.
+    """
+    device = torch.device(device)
+    found = {name: _obstacle(name, device) for name in _declared(operator)}
+    runnable = tuple(name for name, obstacle in found.items() if obstacle is None)
+    taken = tuning.preferred(operator, device, runnable, size=sys.maxsize)
+    obstacles = {name: obstacle for name, obstacle in found.items() if obstacle is not None}
+    return Choice(taken, tuning.reason(operator, device, runnable), obstacles)
 
 
 def select(operator: str, impl: str, device: torch.device, **sizes: int) -> str:

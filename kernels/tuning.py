@@ -44,6 +44,17 @@ def preferred(operator: str, device: torch.device, runnable: tuple[str, ...], *,
     return "reference"
 
 
+def reason(operator: str, device: torch.device, runnable: tuple[str, ...]) -> str:
+    """Why `preferred` takes what it takes, in a few words."""
+    threshold = FUSED_FROM.get(operator, {}).get(device.type)
+    if threshold is None:
+        return f"nothing fused is declared for {device.type}"
+    if threshold.impl not in runnable:
+        return f"{threshold.impl} cannot run here"
+    sizes = f"from size {threshold.size} on, reference below" if threshold.size else "at every size"
+    return f"{sizes}; {threshold.row}"
+
+
 class SelectTile(NamedTuple):
     """Tile of `attentive_select`: patches x tokens x width of a product, and places x others of a count of ranks."""
 

@@ -48,6 +48,21 @@ def test_auto_takes_the_fused_form_from_its_size_on():
     assert tuning.preferred("fused_itc_loss", cuda, ("reference",), size=threshold.size) == "reference"
 
 
+def test_explain_says_what_auto_takes_and_what_stands_in_the_way_of_the_others():
+    for operator in dispatch.OPERATORS:
+        cpu = kernels.explain(operator)
+        assert cpu.taken == dispatch.select(operator, "auto", torch.device("cpu"), size=1 << 40)
+        assert set(cpu.obstacles).isdisjoint(kernels.implementations(operator))
+        assert tuning.FUSED_FROM[operator]["cpu"].row in cpu.reason
+        cuda = kernels.explain(operator, "cuda")
+        assert "needs CPU tensors" in cuda.obstacles["cpu"]
+        assert set(cuda.obstacles) | {cuda.taken, "reference", "triton"} >= set(dispatch.OPERATORS[operator])
+    assert "from size" in kernels.explain("fused_itc_loss", "cuda").reason
+    assert kernels.explain("fused_itc_loss", "xpu").taken == "reference"
+    with pytest.raises(ValueError, match="unknown operator"):
+        kernels.explain("fused_loss")
+
+
 def test_import_is_torch_only():
     program = "import sys, kernels; print([m for m in ('triton', 'sycoca', 'deepspeed') if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
