@@ -51,11 +51,15 @@ class CaptionDecoder(nn.Module):
 
     def forward(self, words: Tensor, patches: Tensor, labels: Tensor | None = None) -> Tensor:
         """As `VocabularyHead`, from words (B, T, D) and the patches (B, K, D') that captioning sees."""
+        return self.head(self.states(words, patches), labels)
+
+    def states(self, words: Tensor, patches: Tensor) -> Tensor:
+        """What the head reads, (B, T, D)."""
         x = words
         for causal, cross in zip(self.blocks[::2], self.blocks[1::2]):
             x = run_block(causal, x, recompute=self.recompute)
             x = run_block(cross, x, patches, recompute=self.recompute)
-        return self.head(x, labels)
+        return x
 
 
 class ImageDecoderLayer(nn.Module):

@@ -6,10 +6,26 @@
 Each parameter is used only inside the forward of the module that owns it, as sharded training requires.
 """
 
+from typing import NamedTuple, Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+
+class KeysValues(NamedTuple):
+    """What attention looks up, each (B, H, M, d)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Past(Protocol):
+    """Keys and values of the tokens that a causal block has seen."""
+
+    def extend(self, new: KeysValues) -> KeysValues:
+        """Appends those of further tokens; returns all. Several tokens at once only as the first."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:
@@ -55,9 +71,12 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         q, k, v = self._split(self.qkv(x))
-        return self.out(attend(q, k, v, causal=self.causal))
+        if past is not None:
+            k, v = past.extend(KeysValues(k, v))
+        # A single query is the last of its keys.
+        return self.out(attend(q, k, v, causal=self.causal and x.shape[1] > 1))
 
     def values(self, x: Tensor) -> Tensor:
         """Output of every position (B, N, D) as if it attended to itself alone."""
@@ -78,11 +97,16 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(memory_width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, memory: Tensor, valid: Tensor | None = None) -> Tensor:
-        B, N, width = x.shape
-        q = self.q(x).view(B, N, self.heads, -1).transpose(1, 2)
-        k, v = self.kv(memory).view(B, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+    def forward(self, x: Tensor, memory: Tensor | KeysValues, valid: Tensor | None = None) -> Tensor:
+        B, N, D = x.shape
+        q = self.q(x).view(B, N, self.heads, D // self.heads).transpose(1, 2)
+        k, v = memory if isinstance(memory, KeysValues) else self.look_up(memory)
         return self.out(attend(q, k, v, valid=valid))
+
+    def look_up(self, memory: Tensor) -> KeysValues:
+        """Keys and values of a memory, which `forward` takes in its place."""
+        B, M, _ = memory.shape
+        return KeysValues(*self.kv(memory).view(B, M, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0))
 
 
 class MLP(nn.Module):
@@ -105,8 +129,8 @@ class Block(nn.Module):
         self.ln_mlp = nn.LayerNorm(width)
         self.mlp = MLP(width, mlp_ratio)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_attn(x))
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        x = x + self.attn(self.ln_attn(x), past)
         return x + self.mlp(self.ln_mlp(x))
 
 
@@ -121,9 +145,15 @@ class CrossBlock(nn.Module):
         self.ln_mlp = nn.LayerNorm(width)
         self.mlp = MLP(width, mlp_ratio)
 
-    def forward(self, x: Tensor, memory: Tensor, valid: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.ln_attn(x), self.ln_memory(memory), valid)
+    def forward(self, x: Tensor, memory: Tensor | KeysValues, valid: Tensor | None = None) -> Tensor:
+        if isinstance(memory, Tensor):
+            memory = self.ln_memory(memory)
+        x = x + self.attn(self.ln_attn(x), memory, valid)
         return x + self.mlp(self.ln_mlp(x))
+
+    def look_up(self, memory: Tensor) -> KeysValues:
+        """Keys and values of a memory, which `forward` takes in its place."""
+        return self.attn.look_up(self.ln_memory(memory))
 
 
 class LogitScale(nn.Module):

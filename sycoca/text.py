@@ -36,7 +36,7 @@ def valid_tokens(tokens: Tensor, config: TextConfig) -> Tensor:
 
 
 class TokenSequence(nn.Module):
-    """Token embeddings with positions; with `lengths` (B,) also [CLS] behind that many tokens."""
+    """Embeddings of the tokens from position `first` on; with `lengths` (B,) also [CLS] behind that many tokens."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -47,9 +47,9 @@ class TokenSequence(nn.Module):
         nn.init.normal_(self.pos, std=0.01)
         nn.init.normal_(self.cls, std=0.02)
 
-    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None, first: int = 0) -> Tensor:
         B, T = tokens.shape
-        x = self.tokens(tokens) + self.pos[:T]
+        x = self.tokens(tokens) + self.pos[first : first + T]
         if lengths is None:
             return x
         x = torch.cat([x, self.cls.expand(B, 1, -1)], dim=1)
