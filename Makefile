@@ -26,6 +26,7 @@ test-runs: $(VENV)/.ready
 	python -m pytest tests -m "run and not full and not gpu"
 
 test-full: $(VENV)/.ready $(VENV)/.triton
+	$(PIP) install --no-deps -c constraints.txt pycocoevalcap
 	python -m pytest tests -m "run or full"
 
 check: $(VENV)/.ready

@@ -27,6 +27,7 @@ setup(
         "train": TRAIN,
         "gpu": ["xformers>=0.0.35"],
         "openclip": OPENCLIP,
+        "coco": ["pycocoevalcap>=1.2"],
         "peers": ["inf-cl>=1.2", "memeff>=0.3.1", "siglip-kernel>=0.1.2", "liger-kernel>=0.8", *OPENCLIP],
         "dev": [*TRAIN, "pytest>=8", "pytest-benchmark>=5", "ruff>=0.9"],
     },

@@ -1,0 +1,1 @@
+"""The tasks that models are judged on: their data, their metrics and their fine-tuning."""
