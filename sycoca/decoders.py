@@ -1,5 +1,7 @@
 """Captioning decoder and image decoder: text that sees patches, patches that see text."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -53,10 +55,14 @@ class CaptionDecoder(nn.Module):
         """As `VocabularyHead`, from words (B, T, D) and the patches (B, K, D') that captioning sees."""
         return self.head(self.states(words, patches), labels)
 
+    def layers(self) -> Iterable[tuple[Block, CrossBlock]]:
+        """The two blocks of each layer."""
+        return zip(self.blocks[::2], self.blocks[1::2])
+
     def states(self, words: Tensor, patches: Tensor) -> Tensor:
         """What the head reads, (B, T, D)."""
         x = words
-        for causal, cross in zip(self.blocks[::2], self.blocks[1::2]):
+        for causal, cross in self.layers():
             x = run_block(causal, x, recompute=self.recompute)
             x = run_block(cross, x, patches, recompute=self.recompute)
         return x

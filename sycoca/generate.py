@@ -1,104 +1,267 @@
-"""Captions written token by token.
+"""Captions of images.
 
-    y_0 = [SOT],  y_(t+1) = choose(logits(y_0 .. y_t | patches)),  until every caption holds [EOT]
+    y_0 = [SOT],  y_(t+1) = choose(p(. | y_0 .. y_t, patches)),  until every caption holds [EOT]
 
-A session answers "which token comes next" and holds whatever that takes; a chooser turns logits into a token.
-`Recomputed` runs the decoder over the whole prefix at every step: time grows with the square of the length.
+`choose` is the likeliest token, a draw, or a beam search. Options: `Decoding`.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sycoca.beam import beam_search
+from sycoca.cache import Cached, Session
+from sycoca.decoding import Decoding
+from sycoca.sampling import Constraints, draw
 
-class Session(Protocol):
-    """The state of N captions that grow together."""
-
-    def advance(self, token: Tensor) -> Tensor:
-        """Appends one token (N,) int64 to every caption; returns the logits (N, V) fp32 of the next."""
-
-
-class Recomputed:
-    """A session without memory: the decoder sees the whole prefix anew."""
-
-    def __init__(self, model: Any, image_features: Any) -> None:
-        self._model, self._image_features = model, image_features
-        self._prefix: Tensor | None = None
-
-    def advance(self, token: Tensor) -> Tensor:
-        grown = token[:, None]
-        self._prefix = grown if self._prefix is None else torch.cat((self._prefix, grown), dim=1)
-        return self._model.caption_logits(self._image_features, self._prefix)[:, -1].float()
+__all__ = ["Caption", "Decoding", "Generated", "generate", "generate_from", "generate_scored", "generate_tokens"]
 
 
-def greedy(logits: Tensor) -> Tensor:
-    """The likeliest token (N,) of logits (N, V); among equals the first."""
-    return logits.argmax(dim=-1)
+class Generated(NamedTuple):
+    """R captions for each of B images.
 
-
-def decode(
-    session: Session,
-    first: Tensor,
-    *,
-    max_length: int,
-    eot_id: int,
-    pad_id: int,
-    choose: Callable[[Tensor], Tensor] = greedy,
-) -> Tensor:
-    """Grows captions until all have ended or are full.
-
-    Args:
-        session: fresh, nothing advanced yet.
-        first: (N,) int64, the token before the caption.
-        max_length: most tokens of a caption, `first` and the end included, at least 1.
-        eot_id: the token that ends a caption.
-        pad_id: the token behind the end.
-        choose: logits (N, V) fp32 to tokens (N,) int64.
-
-    Returns:
-        (N, t) int64, t at most `max_length`; a caption that does not end in time holds no `eot_id`.
+    Attributes:
+        tokens: (B, R, L) int64, [SOT] and prompt first; padding behind the end.
+        lengths: (B, R) int64, tokens of each, [SOT] and, where it was reached, [EOT] included.
+        scores: (B, R) fp32, log-probability under the model of what stands behind the prompt; -inf where a beam
+            search found fewer than R captions, whose length is 0.
+        normalised: (B, R) fp32, the same, repetition penalised, over the number of tokens behind the prompt to the
+            power of the length penalty: what beams are ranked by, best first. Draws keep their order.
     """
-    written, token = [first], first
-    ended = torch.zeros_like(first, dtype=torch.bool)
-    while len(written) < max_length and not bool(ended.all()):
-        token = choose(session.advance(token)).masked_fill(ended, pad_id)
-        ended = ended | ((token == eot_id) & ~ended)
-        written.append(token)
-    return torch.stack(written, dim=1)
+
+    tokens: Tensor
+    lengths: Tensor
+    scores: Tensor
+    normalised: Tensor
+
+
+class Caption(NamedTuple):
+    """A caption as a person reads it, with its scores as in `Generated`."""
+
+    text: str
+    score: float
+    normalised: float
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, images: Tensor, *, max_length: int | None = None) -> list[str]:
-    """Captions of a batch of images, greedily.
+def generate(
+    model: Any, tokenizer: Any, images: Tensor, *, prompt: str | Sequence[str] | None = None, **options: Any
+) -> list[str]:
+    """Captions of a batch of images.
 
     Args:
         model: SyCoCa with the objective `ic`.
         tokenizer: the one the model was trained with.
         images: (B, 3, height, width) float, normalised.
-        max_length: most tokens of a caption, its start and end included; the model's context length where None.
+        prompt: how every caption begins, or how each of the B does.
+        options: fields of `Decoding`, such as `num_beams=4`.
 
     Returns:
-        B captions without special tokens.
+        B * num_return captions without special tokens, those of an image together.
 
     Raises:
-        ValueError: `max_length` is outside 1..context length.
+        ValueError: an option out of its range, or a prompt that leaves no room for a caption.
+        TypeError: an unknown option.
     """
+    Decoding.of(options).lengths(model.config.text.context_length)
     if len(images) == 0:
         return []
-    return generate_from(model, tokenizer, model.encode_image(images), max_length=max_length)
+    return generate_from(model, tokenizer, model.encode_image(images), prompt=prompt, **options)
+
+
+def generate_from(
+    model: Any, tokenizer: Any, image_features: Any, *, prompt: str | Sequence[str] | None = None, **options: Any
+) -> list[str]:
+    """Captions of images that `model.encode_image` has seen; otherwise as `generate`."""
+    found = generate_scored(model, tokenizer, image_features, prompt=prompt, **options)
+    return [caption.text for captions in found for caption in captions]
+
+
+def generate_scored(
+    model: Any, tokenizer: Any, image_features: Any, *, prompt: str | Sequence[str] | None = None, **options: Any
+) -> list[list[Caption]]:
+    """`num_return` captions of each image with their scores; otherwise as `generate_from`."""
+    B = len(image_features.patches)
+    _, most = Decoding.of(options).lengths(model.config.text.context_length)
+    ids = None if prompt is None else _prompt_ids(tokenizer, prompt, B, most)
+    found = generate_tokens(model, image_features, prompt=ids, **options)
+    rows, lengths = found.tokens.flatten(0, 1).tolist(), found.lengths.flatten().tolist()
+    texts = tokenizer.decode([row[:length] for row, length in zip(rows, lengths)])
+    captions = map(Caption, texts, found.scores.flatten().tolist(), found.normalised.flatten().tolist())
+    return [[next(captions) for _ in range(found.tokens.shape[1])] for _ in range(B)]
 
 
 @torch.no_grad()
-def generate_from(model: Any, tokenizer: Any, image_features: Any, *, max_length: int | None = None) -> list[str]:
-    """Captions of images that `model.encode_image` has seen; otherwise as `generate`."""
-    text = model.config.text
-    limit = text.context_length if max_length is None else max_length
-    if not 1 <= limit <= text.context_length:
-        raise ValueError(f"generate: max_length must lie in 1..{text.context_length}, got {max_length}")
+def generate_tokens(
+    model: Any,
+    image_features: Any,
+    *,
+    prompt: Sequence[Sequence[int]] | Tensor | None = None,
+    session: Callable[[Any, Any, int], Session] = Cached,
+    **options: Any,
+) -> Generated:
+    """Captions as token ids.
+
+    Args:
+        model: SyCoCa with the objective `ic`.
+        image_features: of B images, by `model.encode_image`.
+        prompt: ids that each of the B captions begins with, of any lengths, [SOT] not included.
+        session: what decoding remembers, from model, features and the most tokens of a caption.
+        options: fields of `Decoding`.
+
+    Returns:
+        Captions with scores.
+
+    Raises:
+        ValueError: an option or a prompt out of its range, a model without captioning or with logits that are NaN.
+        TypeError: an unknown option.
+    """
+    text, decoding = model.config.text, Decoding.of(options)
+    least, most = decoding.lengths(text.context_length)
+    if model.caption_decoder is None:
+        raise ValueError("generate: the model was built without captioning (objective 'ic')")
     patches = image_features.patches
-    first = torch.full((patches.shape[0],), text.sot_id, dtype=torch.int64, device=patches.device)
-    session = Recomputed(model, image_features)
-    tokens = decode(session, first, max_length=limit, eot_id=text.eot_id, pad_id=text.pad_id)
-    return tokenizer.decode(tokens)
+    prompts, prompt_lengths = _prompt_table(prompt, len(patches), text, most, patches.device)
+    R, device = decoding.num_return, patches.device
+    if len(patches) == 0:
+        nothing = torch.zeros(0, R, device=device)
+        return Generated(torch.zeros(0, R, 1, dtype=torch.int64, device=device), nothing.long(), nothing, nothing)
+    constraints = Constraints(text.sot_id, text.eot_id, least, decoding.repetition_penalty, decoding.no_repeat_ngram)
+    opened = session(model, image_features, most)
+    if decoding.num_beams > 1:
+        found = beam_search(
+            opened,
+            prompts,
+            prompt_lengths,
+            num_beams=decoding.num_beams,
+            max_length=most,
+            length_penalty=decoding.length_penalty,
+            constraints=constraints,
+            pad_id=text.pad_id,
+        )
+        tokens, scores, normalised = (part[:, :R] for part in (found.tokens, found.scores, found.ranks))
+    else:
+        tokens, scores, searched = write(
+            opened,
+            prompts,
+            prompt_lengths,
+            per_image=R,
+            max_length=most,
+            choose=greedy if decoding.temperature is None else _drawer(decoding, len(prompts), most),
+            constraints=constraints,
+            pad_id=text.pad_id,
+        )
+    lengths = _lengths(tokens, text.eot_id)
+    if decoding.num_beams == 1:
+        normalised = searched / (lengths - prompt_lengths[:, None]).clamp(min=1) ** decoding.length_penalty
+    if bool(scores.isnan().any()):
+        raise ValueError("generate: the model's logits are not numbers (NaN); its weights or the images are broken")
+    lengths = lengths.masked_fill(scores.isneginf(), 0)
+    return Generated(tokens[:, :, : max(1, int(lengths.max()))], lengths, scores, normalised)
+
+
+def greedy(log_probs: Tensor, position: int) -> Tensor:
+    """The likeliest token (N,) of (N, V); among equals the first."""
+    return log_probs.argmax(dim=1)
+
+
+def write(
+    session: Session,
+    prompts: Tensor,
+    prompt_lengths: Tensor,
+    *,
+    per_image: int,
+    max_length: int,
+    choose: Callable[[Tensor, int], Tensor],
+    constraints: Constraints,
+    pad_id: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Grows captions token by token until all have ended or are full.
+
+    Args:
+        session: fresh, of B images.
+        prompts: (B, n) int64, tokens before the caption, [SOT] first.
+        prompt_lengths: (B,) int64 in 1..n, how many of them count.
+        per_image: R, captions of each image.
+        max_length: L, most tokens of a caption, prompt and end included.
+        choose: constrained log-probabilities (N, V) fp32 and the position to tokens (N,) int64.
+        constraints: on the tokens behind the prompt.
+        pad_id: the token behind the end.
+
+    Returns:
+        tokens (B, R, L), and what they sum to, (B, R) fp32, in log-probability of the model and as constrained.
+    """
+    B, R, device = len(prompts), per_image, prompts.device
+    first = int(prompt_lengths.min())
+    rows = torch.arange(B, device=device).repeat_interleave(R)
+    prompts, prompt_lengths = prompts[rows], prompt_lengths[rows]
+    tokens = torch.full((B * R, max_length), pad_id, dtype=torch.int64, device=device)
+    tokens[:, :first] = prompts[:, :first]
+    ended = torch.zeros(B * R, dtype=torch.bool, device=device)
+    scores = torch.zeros(B * R, device=device)
+    searched = scores.clone()
+
+    logits = session.advance(prompts[::R, :first])[rows]
+    session.select(rows)
+    for t in range(first, max_length):
+        log_probs = logits.log_softmax(dim=1)
+        allowed = constraints.apply(log_probs, tokens[:, :t])
+        token = choose(allowed, t).masked_fill(ended, pad_id)
+        counts = ~ended
+        if t < prompts.shape[1]:
+            forced = t < prompt_lengths
+            token, counts = torch.where(forced, prompts[:, t], token), counts & ~forced
+        for total, part in ((scores, log_probs), (searched, allowed)):
+            total += part.gather(1, token[:, None]).squeeze(1).where(counts, 0.0)
+        tokens[:, t] = token
+        ended = ended | (counts & (token == constraints.eot_id))
+        if t + 1 == max_length or bool(ended.all()):
+            break
+        logits = session.advance(token[:, None])
+    return tokens.view(B, R, -1), scores.view(B, R), searched.view(B, R)
+
+
+def _drawer(decoding: Decoding, images: int, most: int) -> Callable[[Tensor, int], Tensor]:
+    """Draws whose numbers depend on the seed and the place of the image, not on the number of images."""
+    seeded = None if decoding.seed is None else torch.Generator().manual_seed(decoding.seed)
+    uniform = torch.rand(images * decoding.num_return, most, generator=seeded)
+
+    def choose(log_probs: Tensor, position: int) -> Tensor:
+        numbers = uniform[:, position].to(log_probs.device)
+        return draw(log_probs, numbers, decoding.temperature, decoding.top_k, decoding.top_p)
+
+    return choose
+
+
+def _lengths(tokens: Tensor, eot_id: int) -> Tensor:
+    ends = tokens == eot_id
+    return torch.where(ends.any(-1), ends.int().argmax(-1) + 1, tokens.shape[-1])
+
+
+def _prompt_ids(tokenizer: Any, prompt: str | Sequence[str], B: int, most: int) -> list[list[int]]:
+    """Word tokens of each image's prompt."""
+    prompts = [prompt] * B if isinstance(prompt, str) else list(prompt)
+    # With room to spare, so that a prompt that is too long shows.
+    rows = tokenizer.encode(prompts, most + 2).tolist()
+    return [row[1 : row.index(tokenizer.eot_id)] for row in rows]
+
+
+def _prompt_table(prompt: Any, B: int, text: Any, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts (B, n), [SOT] first, and their lengths (B,)."""
+    given = [[]] * B if prompt is None else [[int(i) for i in ids] for ids in prompt]
+    if len(given) != B:
+        raise ValueError(f"generate: {len(given)} prompts for {B} images")
+    for ids in given:
+        if ids and len(ids) + 1 >= most:
+            raise ValueError(
+                f"generate: a prompt of {len(ids)} tokens, its start not counted, leaves no room within {most}"
+            )
+        if not all(0 <= i < text.vocab_size and i not in (text.sot_id, text.eot_id) for i in ids):
+            raise ValueError(f"generate: a prompt holds words only, ids in 0..{text.vocab_size - 1}, no start, no end")
+    table = torch.full((B, 1 + max(map(len, given), default=0)), text.pad_id, dtype=torch.int64)
+    table[:, 0] = text.sot_id
+    for row, ids in zip(table, given):
+        row[1 : len(ids) + 1] = torch.tensor(ids, dtype=torch.int64)
+    return table.to(device), torch.tensor([1 + len(ids) for ids in given], device=device)
