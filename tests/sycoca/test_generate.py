@@ -1,5 +1,7 @@
 """Captions of models: what is cached, what is prompted, what comes back."""
 
+import time
+
 import pytest
 import torch
 
@@ -179,6 +181,34 @@ def test_several_tokens_at_once_only_begin():
         session.advance(torch.tensor([[1, 5]]))
         with pytest.raises(ValueError, match="several tokens at once"):
             session.advance(torch.tensor([[6, 7]]))
+
+
+def test_memory_makes_64_tokens_several_times_faster():
+    width = {"width": 256, "heads": 4}
+    config = ModelConfig(
+        embed_dim=64,
+        vision=VisionConfig(image_size=224, patch_size=16, depth=1, **width),
+        text=TextConfig(context_length=64, vocab_size=512, depth=1, **width),
+        caption_decoder=CaptionDecoderConfig(depth=1, heads=4),
+        image_decoder=ImageDecoderConfig(depth=1, width=16, heads=2),
+        masking=MaskingConfig(drop_ratio=0.0),
+        objectives=("ic",),
+    )
+    torch.manual_seed(0)
+    model, threads = SyCoCa(config).eval(), torch.get_num_threads()
+    with torch.no_grad():
+        features = model.encode_image(torch.randn(4, 3, 224, 224))
+    torch.set_num_threads(1)
+    try:
+        seconds, written = {}, {}
+        for session in (Cached, Recomputed):
+            start = time.process_time()
+            written[session] = generate_tokens(model, features, num_beams=4, min_length=64, session=session).tokens
+            seconds[session] = time.process_time() - start
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*written.values()) and written[Cached].shape == (4, 1, 64)
+    assert seconds[Recomputed] > 5 * seconds[Cached], seconds
 
 
 def test_scores_are_those_of_the_captioning_loss(model, tokenizer, images):
