@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# fp32 values of a block: two scratch arrays of this size stay in a second-level cache
-BLOCK_VALUES = 320 * 1024
+# fp32 values of a block: few enough for the last-level cache, many enough to keep every thread busy
+BLOCK_VALUES = 640 * 1024
 
 
 class _Block(NamedTuple):
