@@ -8,7 +8,8 @@ score of its last member; only where others tie with that score is the whole ord
 import torch
 from torch import Tensor
 
-BLOCK_SAMPLES = 16
+# similarities of a block, or features where they are converted: fp32 values that the last-level cache holds
+BLOCK_VALUES = 1024 * 1024
 
 
 def select(
@@ -43,8 +44,9 @@ def _scores(patches: Tensor, tokens: Tensor, valid: Tensor, eps: float) -> Tenso
         order = (~valid).to(torch.uint8).sort(dim=1, stable=True).indices
         order = torch.where(torch.arange(T) < count[:, None], order, order[:, :1])
     norm = torch.ones(B, P, dtype=dtype)
-    for start in range(0, B, BLOCK_SAMPLES):
-        samples = slice(start, start + BLOCK_SAMPLES)
+    step = max(1, BLOCK_VALUES // (P * max(T, D if patches.dtype != dtype else 0)))
+    for start in range(0, B, step):
+        samples = slice(start, start + step)
         shortest, longest = min(counts[samples]), max(counts[samples])
         if longest == 0:
             continue
