@@ -12,7 +12,7 @@ from torch import Tensor
 import kernels
 from bench import masking_baselines as baselines
 from bench import rows as rows_file
-from bench.measure import interleaved, peak_mib
+from bench.measure import interleaved, keep_freed_memory, peak_mib
 
 PATCHES, CHOSEN, TOKENS, PATCH_SIZE, IMAGE_SIZE = 196, 98, 77, 16, 224
 
@@ -64,8 +64,16 @@ def rows(B: int, D: int, device: torch.device, dtype: torch.dtype, fused: str) -
     short = torch.randn(B, CHOSEN, D, generator=generator).to(device, dtype).requires_grad_()
     pos = torch.randn(PATCHES, D, generator=generator).to(device).requires_grad_()
     token = torch.randn(D, generator=generator).to(device).requires_grad_()
-    plain_gather = (x.detach().view(-1, D), torch.randint(0, B * PATCHES, (B * (CHOSEN + 1),)).to(device))
-    plain_scatter = (short.detach().view(-1, D), torch.randint(0, B * CHOSEN, (B * PATCHES,)).to(device))
+    all_rows, short_rows = x.detach().view(-1, D), short.detach().view(-1, D)
+    sample = torch.arange(B, device=device)[:, None]
+    # the rows that a gather reads and as many as it writes
+    first = (index + sample * PATCHES)[:, :1]
+    plain_gather = all_rows, torch.cat([first, index + sample * PATCHES], 1).flatten()
+    # as many rows as a scatter writes, of those that it reads
+    plain_scatter = short_rows, (torch.arange(PATCHES, device=device) * CHOSEN // PATCHES + sample * CHOSEN).flatten()
+    # a scatter's backward reads more than it writes: half of each
+    half = torch.arange(0, PATCHES, 4, device=device)
+    plain_half = all_rows, (torch.cat([index, half.expand(B, -1)], 1) + sample * PATCHES).flatten()
     row_bytes = B * D * x.element_size()
 
     def gather(impl: str) -> Tensor:
@@ -78,15 +86,14 @@ def rows(B: int, D: int, device: torch.device, dtype: torch.dtype, fused: str) -
         return lambda: source.index_select(0, places)
 
     found = []
-    for name, function, leaves, plain, moved in (
-        ("gather_patches", gather, (x, pos, token), plain_gather, 2 * CHOSEN + 1),
-        ("scatter_patches", scatter, (short, pos, token), plain_scatter, CHOSEN + PATCHES),
+    for name, function, leaves, plain, opposite, moved in (
+        ("gather_patches", gather, (x, pos, token), plain_gather, plain_scatter, (2 * CHOSEN + 1, CHOSEN + PATCHES)),
+        ("scatter_patches", scatter, (short, pos, token), plain_scatter, plain_half, (CHOSEN + PATCHES,) * 2),
     ):
         forward = {impl: no_grad(function, impl) for impl in (fused, "reference")}
-        found.append(Case(f"{name} forward", forward | {"index_select": copies(*plain)}, moved * row_bytes))
+        found.append(Case(f"{name} forward", forward | {"index_select": copies(*plain)}, moved[0] * row_bytes))
         backward = {impl: backwards(function, impl, leaves) for impl in (fused, "reference")}
-        opposite = plain_scatter if name == "gather_patches" else plain_gather
-        found.append(Case(f"{name} backward", backward | {"index_select": copies(*opposite)}, moved * row_bytes))
+        found.append(Case(f"{name} backward", backward | {"index_select": copies(*opposite)}, moved[1] * row_bytes))
     return found
 
 
@@ -153,20 +160,30 @@ def copy_gbytes_per_second(device: torch.device) -> float:
 
 def measure(device: torch.device, file: str) -> None:
     """Measure all cases and append their rows to a result file: correctness first, contestants in turns."""
+    if device.type == "cuda":
+        _measure(cases(2048, device, torch.bfloat16, "triton"), 2048, torch.bfloat16, "triton", device, file)
+        return
+    for keep in (False, True):
+        keep_freed_memory(keep)
+        for dtype in (torch.float32, torch.bfloat16):
+            _measure(cases(64, device, dtype, "cpu"), 64, dtype, "cpu", device, file, "kept" if keep else "fresh")
+
+
+def _measure(
+    found: list[Case], B: int, dtype: torch.dtype, fused: str, device: torch.device, file: str, memory: str = ""
+) -> None:
     gpu = device.type == "cuda"
-    B, dtype, fused = (2048, torch.bfloat16, "triton") if gpu else (64, torch.float32, "cpu")
     bandwidth = copy_gbytes_per_second(device)
-    for case in cases(B, device, dtype, fused):
+    for case in found:
         agree(case, fused)
         contestants = dict(case.contestants)
         if gpu and "composition" in contestants:
             contestants["compiled"] = torch.compile(contestants["composition"])
-        timings = interleaved(contestants, 50 if gpu else 9)
-        for name, timing in timings.items():
+        for name, timing in interleaved(contestants, 50 if gpu else 15).items():
             rate = case.bytes_moved / timing.p50_ms / 1e6
             row = rows_file.write(
                 file,
-                operator=case.name,
+                operator=case.name + (f", {memory} memory" if memory else ""),
                 implementation=name,
                 batch=B,
                 dtype=str(dtype).removeprefix("torch."),
@@ -176,7 +193,8 @@ def measure(device: torch.device, file: str) -> None:
                 copy_share=rate / bandwidth,
             )
             print(
-                f"{case.name:36} {name:13} {timing.p50_ms:9.3f} ms {rate:8.1f} GB/s {row['copy_share']:6.1%}",
+                f"{row['operator']:50} {row['dtype']:9} {name:13} {timing.p50_ms:9.3f} ms {rate:8.1f} GB/s "
+                f"{row['copy_share']:6.1%}",
                 flush=True,
             )
 

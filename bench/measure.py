@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 
 MIB = 2**20
+# Parameters of glibc's mallopt.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 class Timing(NamedTuple):
@@ -34,6 +36,18 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str
             if measured:
                 samples[name].append(elapsed)
     return {name: _quantiles(values) for name, values in samples.items()}
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Whether glibc hands freed memory out again, or maps fresh pages for each large tensor.
+
+    By itself it does the one below 32 MiB and the other above, by the history of the process. Fresh pages cost more
+    than what most operators do with them. Ask for fresh ones first: memory that was kept is handed out.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**17)
+    libc.mallopt(_MMAP_THRESHOLD, 2**30 if keep else 2**17)
+    libc.malloc_trim(0)
 
 
 def peak_mib(call: Callable[[], object]) -> float:

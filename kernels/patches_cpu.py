@@ -21,7 +21,7 @@ BAG_SAMPLES = 128
 
 def gather(x: Tensor, index: Tensor, pos: Tensor | None, prefix: Tensor | None) -> Tensor:
     """Rows of x (B, P, D) at index (B, K), plus pos (P, D), behind prefix (D,) or (B, D)."""
-    B, P, D = x.shape
+    B, _, D = x.shape
     K, lead = index.shape[1], int(prefix is not None)
     y = torch.empty(B, lead + K, D, dtype=x.dtype)
     if y.numel() == 0:

@@ -29,10 +29,22 @@ FUSED_FROM: dict[str, dict[str, Threshold]] = {
         "cpu": Threshold("cpu", 0, UNMEASURED),
         "cuda": Threshold("triton", 2048 * 2048, UNMEASURED),
     },
-    "attentive_select": {"cpu": Threshold("cpu", 0, MASKING_ROWS), "cuda": Threshold("triton", 0, UNMEASURED)},
-    "gather_patches": {"cpu": Threshold("cpu", 0, MASKING_ROWS), "cuda": Threshold("triton", 0, UNMEASURED)},
-    "scatter_patches": {"cpu": Threshold("cpu", 0, MASKING_ROWS), "cuda": Threshold("triton", 0, UNMEASURED)},
-    "masked_patch_loss": {"cpu": Threshold("cpu", 0, MASKING_ROWS), "cuda": Threshold("triton", 0, UNMEASURED)},
+    "attentive_select": {
+        "cpu": Threshold("cpu", 1 << 20, MASKING_ROWS),
+        "cuda": Threshold("triton", 0, UNMEASURED),
+    },
+    "gather_patches": {
+        "cpu": Threshold("cpu", 1 << 18, MASKING_ROWS),
+        "cuda": Threshold("triton", 0, UNMEASURED),
+    },
+    "scatter_patches": {
+        "cpu": Threshold("cpu", 1 << 18, MASKING_ROWS),
+        "cuda": Threshold("triton", 0, UNMEASURED),
+    },
+    "masked_patch_loss": {
+        "cpu": Threshold("cpu", 1 << 18, MASKING_ROWS),
+        "cuda": Threshold("triton", 0, UNMEASURED),
+    },
 }
 
 
