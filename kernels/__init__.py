@@ -1,6 +1,6 @@
 """Fused operators for contrastive and masked image-text training, on torch tensors."""
 
-from kernels.dispatch import Choice, explain, implementations
+from kernels.dispatch import Choice, explain, implementations, operators
 from kernels.groups import GatheredTexts, gather_texts
 from kernels.itc import fused_itc_loss
 from kernels.itc_module import FusedClipLoss
@@ -23,5 +23,6 @@ __all__ = [
     "gather_texts",
     "implementations",
     "masked_patch_loss",
+    "operators",
     "scatter_patches",
 ]

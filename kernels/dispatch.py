@@ -41,6 +41,11 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def operators() -> tuple[str, ...]:
+    """Public names of the operators that have more than one implementation."""
+    return tuple(OPERATORS)
+
+
 def implementations(operator: str) -> tuple[str, ...]:
     """Names of the implementations of an operator that can run in this process.
 
