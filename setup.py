@@ -2,7 +2,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAIN = ["deepspeed>=0.19,<0.20", "psutil", "rich", "tensorboard", "matplotlib"]
+PICTURES = ["matplotlib"]
+PARQUET = ["pyarrow>=15"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
+TRAIN = ["deepspeed>=0.19,<0.20", "psutil", "rich", "tensorboard", *PICTURES]
 OPENCLIP = ["open_clip_torch>=3.3"]
 
 setup(
@@ -21,14 +24,19 @@ setup(
         "pydantic>=2.7",
         "safetensors>=0.4",
         "tokenizers>=0.20",
+        "tqdm>=4.60",
         'triton>=3.6; platform_system == "Linux"',
     ],
+    entry_points={"console_scripts": ["sycoca = sycoca.__main__:entry"]},
     extras_require={
         "train": TRAIN,
+        "pictures": PICTURES,
+        "parquet": PARQUET,
+        "docs": DOCS,
         "gpu": ["xformers>=0.0.35"],
         "openclip": OPENCLIP,
         "coco": ["pycocoevalcap>=1.2"],
         "peers": ["inf-cl>=1.2", "memeff>=0.3.1", "siglip-kernel>=0.1.2", "liger-kernel>=0.8", *OPENCLIP],
-        "dev": [*TRAIN, "pytest>=8", "pytest-benchmark>=5", "ruff>=0.9"],
+        "dev": [*TRAIN, *PARQUET, *DOCS, "pytest>=8", "pytest-benchmark>=5", "ruff>=0.9"],
     },
 )

@@ -12,6 +12,7 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -249,6 +250,22 @@ def denormalise(images: Tensor) -> Tensor:
     scale, shift = _scale_and_shift(images.device)
     pixels = (images.detach().float() - shift) / scale
     return pixels.round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous()
+
+
+def load_images(paths: Iterable[str | os.PathLike], size: int) -> Tensor:
+    """Image files as the models take them at evaluation.
+
+    Args:
+        paths: B files.
+        size: side in pixels.
+
+    Returns:
+        (B, 3, size, size) fp32.
+
+    Raises:
+        ImageError: a file cannot be used.
+    """
+    return normalise(torch.from_numpy(np.stack([center_image(decode(path), size) for path in paths])))
 
 
 def eval_transform(image: Image.Image | np.ndarray, size: int) -> Tensor:

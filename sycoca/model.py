@@ -206,6 +206,12 @@ class SyCoCa(nn.Module):
             raise ValueError("select: the model masks no patches (mask_ratio, drop_ratio or their objectives are 0)")
         return select_by_score(*self._score_operands(image, text, None), self.config)
 
+    @torch.no_grad()
+    def token_scores(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
+        """Cosine (B, P, T) fp32 of every patch and token in the score space, T = 1 where it holds whole captions."""
+        patches, tokens, _ = self._score_operands(image, text, None)
+        return _unit(patches) @ _unit(tokens).transpose(1, 2)
+
     def caption_logits(self, image: ImageFeatures, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) of the token behind each of tokens (B, T), which may be unfinished; all patches are seen."""
         if self.caption_decoder is None:

@@ -211,6 +211,26 @@ class Tokenizer:
             row[len(ids) + 1] = self.eot_id
         return torch.from_numpy(tokens)
 
+    def words(self, text: str, context_length: int) -> list[tuple[str, list[int]]]:
+        """Words of a text and where in the row of `encode` their tokens stand; words that do not fit are missing.
+
+        Args:
+            text: a caption.
+            context_length: T, at least 2.
+
+        Returns:
+            Each word as it is written, with its positions, ascending.
+        """
+        cleaned = self._clean(text, _CHARACTERS_PER_TOKEN * context_length)
+        encoding = self._backend.encode(cleaned, add_special_tokens=False)
+        found: dict[int, tuple[list[int], list[int]]] = {}
+        for position, (word, span) in enumerate(zip(encoding.word_ids, encoding.offsets), 1):
+            if position <= context_length - 2:
+                positions, ends = found.setdefault(word, ([], []))
+                positions.append(position)
+                ends += span
+        return [(cleaned[min(ends) : max(ends)].strip(), positions) for positions, ends in found.values()]
+
     def _clean(self, text: str, most: int) -> str:
         # Cut twice: words first, for a caption of mere white space must not hide its words.
         text = " ".join(text.split()) if len(text) > most else text

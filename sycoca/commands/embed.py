@@ -75,7 +75,7 @@ def _fill(rows: Any, args: argparse.Namespace, paths: list[str], loaded: Any, te
     with torch.inference_mode():
         bar = progress(source, total, unit, done=done)
         for batch in inputs.batches(bar, args.batch_size):
-            features = _encode(loaded, [item for _, item in batch], textual)
+            features = inputs.encode(loaded, [item for _, item in batch], textual=textual)
             records = [{"key": key} | ({"text": item} if textual else {}) for key, item in batch]
             rows.add(features.cpu().numpy(), records, skipped.fresh())
             fresh += len(batch)
@@ -94,15 +94,6 @@ def _images(paths: list[str], done: int, skipped: inputs.Skipped, loaded: Any) -
 def _texts(paths: list[str], done: int, skipped: inputs.Skipped) -> Iterator[tuple[str, str]]:
     # Lines before this one have been counted by the run that is taken up.
     return inputs.texts(paths, skipped, start=done)
-
-
-def _encode(loaded: Any, items: list, textual: bool) -> Any:
-    model, config = loaded.model, loaded.config
-    device = next(model.parameters()).device
-    if textual:
-        tokens = loaded.tokenizer.encode(items, config.text.context_length)
-        return model.encode_text(tokens.to(device)).features
-    return model.encode_image(inputs.to_images(items, device)).features
 
 
 class _Remembered(inputs.Skipped):

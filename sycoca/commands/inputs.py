@@ -4,6 +4,7 @@ A source that cannot be read is told of, counted by cause and left out.
 """
 
 import glob
+import importlib.util
 import os
 import sys
 from collections import Counter, deque
@@ -227,6 +228,16 @@ def to_images(pictures: Sequence["np.ndarray"], device: Any) -> Any:
     return normalise(torch.from_numpy(np.stack(pictures)).to(device))
 
 
+def encode(loaded: Any, items: Sequence, *, textual: bool) -> Any:
+    """Features (n, E) fp32, unit rows, of n texts or of n pictures (H, W, 3) uint8."""
+    model, config = loaded.model, loaded.config
+    device = next(model.parameters()).device
+    if textual:
+        tokens = loaded.tokenizer.encode(items, config.text.context_length)
+        return model.encode_text(tokens.to(device)).features
+    return model.encode_image(to_images(items, device)).features
+
+
 def suffix_of(path: Path, allowed: Sequence[str], option: str) -> str:
     """The suffix of an output path, one of those allowed.
 
@@ -243,3 +254,13 @@ def suffix_of(path: Path, allowed: Sequence[str], option: str) -> str:
     if not os.access(parent, os.W_OK):
         raise UserError(f"{option}: the folder {parent} cannot be written to")
     return path.suffix.lower()
+
+
+def require_matplotlib(option: str, path: Path) -> None:
+    """Raises unless a PNG can be drawn.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f'{option} {path}: a PNG needs matplotlib: pip install "sycoca[pictures]", or write an .html')

@@ -42,7 +42,7 @@ class Rows:
         else:
             self._part.write_bytes(_header(0, width, self._dtype))
             self._write_journal([self._identity], "w")
-        self._data = self._part.open("r+b")  # noqa: SIM115
+        self._data = self._part.open("r+b")
         self._data.truncate(_HEADER_BYTES + len(self.records) * self._row_bytes)
         self._data.seek(0, os.SEEK_END)
 
