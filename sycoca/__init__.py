@@ -15,6 +15,8 @@ _HOME = {
     "parameter_groups": "model",
     "step_plan": "masking",
     "Tokenizer": "tokenizer",
+    "load_images": "images",
+    "save_overlay": "visualize",
 }
 __all__ = sorted(_HOME)
 

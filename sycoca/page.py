@@ -59,7 +59,7 @@ def page(title: str, body: Iterable[str], *, style: str = "", script: str = "") 
 
 def text(value: str) -> str:
     """Text as HTML; control characters and what no font holds become visible escapes."""
-    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in value)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in value)
     return html.escape(shown, quote=True)
 
 
