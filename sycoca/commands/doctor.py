@@ -130,12 +130,12 @@ def _check_gradients() -> list[str]:
 def _operators() -> Iterator[tuple[str, str]]:
     import torch
 
-    import kernels
+    from kernels import explain, operators
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
-        for operator in kernels.operators():
-            choice = kernels.explain(operator, device)
+        for operator in operators():
+            choice = explain(operator, device)
             yield operator, f"{choice.taken} on {device}: {choice.reason}"
             for name, obstacle in choice.obstacles.items():
                 yield "", f"not {name}: {obstacle}"

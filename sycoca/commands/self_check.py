@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
+from kernels import fused_itc_loss, fused_siglip_loss, gather_patches, masked_patch_loss, scatter_patches
 
 # Relative to the norm of the true gradient, in single precision.
 TOLERANCE = 1e-5
@@ -34,22 +34,22 @@ def _cases() -> dict[str, tuple[Compute, list[Tensor]]]:
     weight, pictures = draw(3, 16, 24), draw(3, 3, 16, 16)
 
     def gather(impl: str, x: Tensor) -> Tensor:
-        rows = kernels.gather_patches(x, index.to(x.device), impl=impl)
+        rows = gather_patches(x, index.to(x.device), impl=impl)
         return (rows * weight[:, :6].to(x)).sum()
 
     def scatter(impl: str, x: Tensor, fill: Tensor) -> Tensor:
-        rows = kernels.scatter_patches(x, index.to(x.device), fill, num_patches=16, impl=impl)
+        rows = scatter_patches(x, index.to(x.device), fill, num_patches=16, impl=impl)
         return (rows * weight.to(x)).sum()
 
     def pixels(impl: str, pred: Tensor) -> Tensor:
         where = index.to(pred.device)
-        return kernels.masked_patch_loss(pred, pictures.to(pred), where, patch_size=4, kind="mse", impl=impl)
+        return masked_patch_loss(pred, pictures.to(pred), where, patch_size=4, kind="mse", impl=impl)
 
     def itc(impl: str, *leaves: Tensor) -> Tensor:
-        return kernels.fused_itc_loss(*leaves, impl=impl)
+        return fused_itc_loss(*leaves, impl=impl)
 
     def siglip(impl: str, *leaves: Tensor) -> Tensor:
-        return kernels.fused_siglip_loss(*leaves, impl=impl)
+        return fused_siglip_loss(*leaves, impl=impl)
 
     return {
         "fused_itc_loss": (itc, [image, text, torch.tensor([14.3])]),
