@@ -1,7 +1,7 @@
 """Measurements of the contrastive operators, each a row."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,11 @@ import kernels
 from bench import rows
 from bench.baselines import contrastive_peers, four_products, siglip_peers
 from bench.measure import interleaved, peak_mib
+from kernels import reference
 
 SCALE, BIAS = 14.3, -10.0
 # Mean cosine of pairs and of non-pairs.
-COSINES = {"random": (0.0, 0.0), "clip-like": (0.38, 0.07), "converged": (0.94, 0.05)}
+COSINES = {"random": (0.0, 0.0), "clip-like": (0.38, 0.07), "converged": (0.94, 0.05), "anti-correlated": (-0.1, -0.1)}
 # Measured rate of the 8192^3 bf16 product on an H200.
 H200_TFLOPS = 788.0
 
@@ -35,7 +36,8 @@ def step(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[]
     def run() -> None:
         with torch.autocast(x.device.type, x.dtype if x.dtype != torch.float32 else None, x.dtype != torch.float32):
             value = loss(*inputs)
-        torch.autograd.grad(value, inputs)
+        # A peer may have no gradient for the scale.
+        torch.autograd.grad(value, inputs, allow_unused=True)
 
     return run
 
@@ -51,18 +53,16 @@ def measure_itc(
     device: torch.device,
     *,
     rounds: int,
-    peers: bool = True,
-    memory: bool = True,
+    peers: Collection[str] | None = None,
     file: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Time, memory and share of the limit of the contrastive loss and what it is compared with, on the same inputs."""
+    """Time, memory and share of the limit of the contrastive loss and of `peers` (None: all), on the same inputs."""
     inputs = features(B, D, dtype, device)
     losses: dict[str, Callable[..., Tensor]] = {"ours": kernels.fused_itc_loss}
     if "gluon" in kernels.implementations("fused_itc_loss"):
         losses["ours, gluon"] = partial(kernels.fused_itc_loss, impl="gluon")
-    if peers:
-        losses |= contrastive_peers(device)
-    return _measure("fused_itc_loss", losses, inputs, 4, rounds, memory, file)
+    losses |= {n: loss for n, loss in contrastive_peers(device).items() if peers is None or n in peers}
+    return _measure("fused_itc_loss", losses, inputs, 4, rounds, file)
 
 
 def measure_siglip(
@@ -72,22 +72,21 @@ def measure_siglip(
     device: torch.device,
     *,
     rounds: int,
-    memory: bool = True,
     file: str | None = None,
 ) -> list[dict[str, Any]]:
     """As `measure_itc`, for the sigmoid loss."""
     losses = {"ours": kernels.fused_siglip_loss} | siglip_peers(device)
-    return _measure("fused_siglip_loss", losses, features(B, D, dtype, device, 2), 3, rounds, memory, file)
+    return _measure("fused_siglip_loss", losses, features(B, D, dtype, device, 2), 3, rounds, file)
 
 
 def _measure(
-    operator: str, losses: dict, inputs: tuple[Tensor, ...], products: int, rounds: int, memory: bool, file: str | None
+    operator: str, losses: dict, inputs: tuple[Tensor, ...], products: int, rounds: int, file: str | None
 ) -> list[dict[str, Any]]:
     B, D = inputs[0].shape
     device = inputs[0].device
-    steps, failed = _working(losses, inputs)
-    cases = {name: step(losses[name], inputs) for name in steps}
-    cases |= {f"{name} forward": forward(losses[name], inputs) for name in steps if name.startswith("ours")}
+    peaks, failed = _trials(losses, inputs)
+    cases = {name: step(losses[name], inputs) for name in peaks}
+    cases |= {f"{name} forward": forward(losses[name], inputs) for name in peaks if name.startswith("ours")}
     if device.type == "cpu":
         cases["products"] = four_products(*(x.detach() for x in inputs[:2]))
     timings = interleaved(cases, rounds)
@@ -101,8 +100,8 @@ def _measure(
             row["share_of_limit"] = share * (0.25 if name.endswith("forward") else 1.0)
         elif products == 4 and name != "products":
             row["over_products"] = timing.p50_ms / timings["products"].p50_ms
-        if memory and name in steps:
-            row["peak_mib"] = peak_mib(cases[name]) - _mib(inputs)
+        if name in peaks:
+            row["peak_mib"] = peaks[name]
         measured.append(row)
     measured += [{"operator": operator, "case": name, "B": B, "D": D, "error": text} for name, text in failed.items()]
     return [rows.write(file, **row) for row in measured] if file else measured
@@ -113,20 +112,24 @@ def _mib(gradients: tuple[Tensor, ...]) -> float:
     return sum(x.numel() * x.element_size() for x in gradients) / 2**20
 
 
-def _working(losses: dict, inputs: tuple[Tensor, ...]) -> tuple[list[str], dict[str, str]]:
-    """Names of the losses that run on these inputs, and why others do not."""
-    working, failed = [], {}
+def _trials(losses: dict, inputs: tuple[Tensor, ...]) -> tuple[dict[str, float], dict[str, str]]:
+    """Peak memory, MiB above inputs and gradients, of the losses that run on these inputs, and why others do not."""
+    peaks, failed = {}, {}
+    on_gpu = inputs[0].is_cuda
     for name, loss in losses.items():
+        run = step(loss, inputs)
         try:
-            step(loss, inputs)()
-            working.append(name)
+            if on_gpu:
+                # The first call compiles.
+                run()
+            peaks[name] = peak_mib(run, forked=False) - _mib(inputs)
         except Exception as reason:  # a peer may break in any way; the row says how
             if name == "ours":
                 raise
             failed[name] = f"{type(reason).__name__}: {str(reason).splitlines()[0][:160] if str(reason) else ''}"
-            if inputs[0].is_cuda:
+            if on_gpu:
                 torch.cuda.empty_cache()
-    return working, failed
+    return peaks, failed
 
 
 def measure_graph(B: int, D: int, device: torch.device, *, rounds: int, file: str | None) -> list[dict[str, Any]]:
@@ -152,29 +155,38 @@ def measure_graph(B: int, D: int, device: torch.device, *, rounds: int, file: st
     ]
 
 
-def gradient_errors(B: int, D: int, scale: float, device: torch.device) -> Iterator[tuple[str, float, float]]:
-    """(regime, error of ours, error of the plain composition) of the gradients under bf16 autocast, against fp64."""
-    from kernels import reference
-
-    for name, (positive, negative) in {
-        "random": (0.0, 0.0),
-        "clip-like": (0.38, 0.07),
-        "converged": (0.94, 0.05),
-    }.items():
-        pair = [x.bfloat16().float() for x in _correlated(B, D, positive, negative, device)]
+def gradient_errors(
+    B: int, D: int, scale: float, device: torch.device, dtype: torch.dtype = torch.bfloat16, peers: bool = True
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """(regime, loss -> error) of the image gradients against fp64; 16-bit products under autocast, on fp32 leaves."""
+    losses = {"ours": kernels.fused_itc_loss} | (contrastive_peers(device) if peers else {})
+    for regime, (positive, negative) in COSINES.items():
+        pair = [x.to(dtype).float() for x in _correlated(B, D, positive, negative, device)]
         inputs = [x.requires_grad_() for x in (*pair, torch.tensor([scale], device=device))]
         exact = [x.detach().double().requires_grad_() for x in inputs]
         truth = torch.autograd.grad(reference.itc_loss(*exact), exact)[0]
-        found = []
-        for loss in (kernels.fused_itc_loss, contrastive_peers(device)["eager"]):
-            with torch.autocast(device.type, torch.bfloat16):
+        found = {}
+        for name, loss in losses.items():
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32):
                 value = loss(*inputs)
-            gradient = torch.autograd.grad(value, inputs)[0]
-            found.append(((gradient - truth).norm() / truth.norm()).item())
-        yield name, *found
+            gradient = torch.autograd.grad(value, inputs, allow_unused=True)[0]
+            found[name] = ((gradient - truth).norm() / truth.norm()).item()
+        yield regime, found
+
+
+def measure_accuracy(scale: float, device: torch.device, *, file: str, **options) -> None:
+    """Rows of `gradient_errors` at the size where the documented bars are judged."""
+    B, D = 4096, 512
+    dtype = str(options.get("dtype", torch.bfloat16)).removeprefix("torch.")
+    for regime, errors in gradient_errors(B, D, scale, device, **options):
+        shape = {"B": B, "D": D, "dtype": dtype, "scale": scale}
+        rows.write(file, operator="fused_itc_loss", case=f"accuracy, {regime}", **shape, gradient_errors=errors)
 
 
 def _correlated(B: int, D: int, positive: float, negative: float, device: torch.device) -> list[Tensor]:
+    """Unit features whose pairs have mean cosine `positive`, and non-pairs `negative`."""
     cone, pair, *noise = (F.normalize(torch.randn(n, D, device=device), dim=1) for n in (1, B, B, B))
-    parts = math.sqrt(negative), math.sqrt(positive - negative), math.sqrt(1 - positive)
-    return [F.normalize(parts[0] * cone + parts[1] * pair + parts[2] * rest, dim=1) for rest in noise]
+    own = positive - negative
+    common, own, rest = math.sqrt(abs(negative)), math.sqrt(own), math.sqrt(1 - abs(negative) - own)
+    sides = common * cone, math.copysign(common, negative) * cone
+    return [F.normalize(side + own * pair + rest * x, dim=1) for side, x in zip(sides, noise)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,14 +60,21 @@ def contrastive_peers(device: torch.device) -> dict[str, Loss]:
     if device.type == "cuda":
         peers["compiled"] = torch.compile(eager)
         with contextlib.suppress(ImportError):
-            from inf_cl import cal_inf_loss
+            from inf_cl import cal_flash_loss
 
-            peers["Inf-CL"] = lambda i, t, s: (cal_inf_loss(i, t, scale=s) + cal_inf_loss(t, i, scale=s)) / 2
+            # Its kernels for one process: `cal_inf_loss` reduces the scale's gradient over a process group.
+            def inf_cl(i: Tensor, t: Tensor, s: Tensor) -> Tensor:
+                head = math.gcd(i.shape[1], 256)
+                return sum(cal_flash_loss(*pair, scale=s, head_dim=head).mean() for pair in ((i, t), (t, i))) / 2
+
+            peers["Inf-CL"] = inf_cl
         with contextlib.suppress(ImportError):
             from memeff import MemoryEfficientCLIPLoss
 
-            # The temperature is a Python number there, and has no gradient.
-            peers["memeff"] = lambda i, t, s: MemoryEfficientCLIPLoss(1.0 / s.item(), True, False)(i, t)
+            # The temperature is a Python number there, and has no gradient; `stable` would multiply the others.
+            peers["memeff"] = lambda i, t, s: MemoryEfficientCLIPLoss(
+                temperature=1.0 / s.item(), normalized_inputs=True, stable=False
+            )(i, t)
     return peers
 
 
@@ -78,7 +86,7 @@ def siglip_peers(device: torch.device) -> dict[str, Callable[..., Tensor]]:
         with contextlib.suppress(ImportError):
             from siglip_kernel import fused_siglip_loss
 
-            peers["siglip-kernel"] = lambda i, t, s, b: fused_siglip_loss(i, t, s.log(), b)
+            peers["siglip-kernel"] = lambda i, t, s, b: fused_siglip_loss(i, t, s.reshape(()).log(), b.reshape(()))
     return peers
 
 

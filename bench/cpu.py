@@ -1,33 +1,62 @@
-"""The contrastive rows of a CPU: `python -m bench.cpu [--full]`.
+"""The contrastive rows of a CPU: `python -m bench.cpu [--full] [--only TEXT] [--threads N]`.
 
-One thread, and the processor's time, so that other work on the machine does not lengthen what is measured.
+On one thread the processor's time is taken, which other work on the machine does not lengthen; on more, the clock's.
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from bench import contrastive
 
 FILE = "cpu"
+CPU = torch.device("cpu")
+FP32, BF16 = torch.float32, torch.bfloat16
+# Without bf16 instructions a CPU takes minutes for the peers' 16-bit products from a few thousand pairs on.
+BF16_PEERS = ("open_clip",)
+
+
+def _itc(B: int, dtype: torch.dtype, rounds: int = 3, peers=None, D: int = 512) -> None:
+    contrastive.measure_itc(B, D, dtype, CPU, rounds=rounds, peers=peers, file=FILE)
+
+
+def _accuracy(dtype: torch.dtype) -> None:
+    for scale in (14.3, 100.0):
+        contrastive.measure_accuracy(scale, CPU, dtype=dtype, peers=dtype == FP32, file=FILE)
+
+
+SHORT: dict[str, Callable[[], object]] = {
+    **{f"fp32 {B}": partial(_itc, B, FP32) for B in (1024, 2048, 4096)},
+    "bf16 1024": partial(_itc, 1024, BF16, 1, BF16_PEERS),
+    **{f"bf16 {B}": partial(_itc, B, BF16, 3, ()) for B in (2048, 4096)},
+    "siglip 2048": lambda: contrastive.measure_siglip(2048, 512, FP32, CPU, rounds=3, file=FILE),
+}
+LONG: dict[str, Callable[[], object]] = {
+    "fp32 8192": partial(_itc, 8192, FP32, 1),
+    "bf16 8192": partial(_itc, 8192, BF16, 1, ()),
+    "fp32 16384": partial(_itc, 16384, FP32, 1, ("open_clip",)),
+    "bf16 16384": partial(_itc, 16384, BF16, 1, ()),
+    "accuracy fp32": partial(_accuracy, FP32),
+    "accuracy bf16": partial(_accuracy, BF16),
+    "bf16 4096 open_clip": partial(_itc, 4096, BF16, 1, BF16_PEERS),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="B = 16,384 and 65,536 as well")
+    parser.add_argument("--full", action="store_true", help="the larger sizes and the errors as well")
+    parser.add_argument("--only", help="what has this text in its name, of all")
+    parser.add_argument("--threads", type=int, help="threads of torch; by default as many as it takes itself")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    device = torch.device("cpu")
-    for dtype in (torch.float32, torch.bfloat16):
-        # Without its own bf16 instructions a CPU takes minutes for the peers' 16-bit products.
-        peers = dtype == torch.float32
-        for B in (1024, 2048, 4096):
-            contrastive.measure_itc(B, 512, dtype, device, rounds=3, peers=peers, file=FILE)
-        if options.full:
-            contrastive.measure_itc(16384, 512, dtype, device, rounds=1, peers=False, file=FILE)
-    contrastive.measure_siglip(2048, 512, torch.float32, device, rounds=3, file=FILE)
-    if options.full:
-        contrastive.measure_itc(65536, 64, torch.bfloat16, device, rounds=1, peers=False, file=FILE)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    chosen = SHORT | LONG if options.full or options.only else SHORT
+    for name, measure in chosen.items():
+        if not options.only or options.only in name:
+            print(f"== {name}", flush=True)
+            measure()
 
 
 if __name__ == "__main__":

@@ -25,14 +25,8 @@ def _device() -> torch.device:
     return torch.device("cuda")
 
 
-def _itc(B: int, D: int, *, peers: bool = True, rounds: int = 20, dtype: torch.dtype = torch.bfloat16) -> None:
+def _itc(B: int, D: int, *, peers=None, rounds: int = 20, dtype: torch.dtype = torch.bfloat16) -> None:
     contrastive.measure_itc(B, D, dtype, _device(), rounds=rounds, peers=peers, file=FILE)
-
-
-def _accuracy(scale: float) -> None:
-    for regime, ours, plain in contrastive.gradient_errors(4096, 512, scale, _device()):
-        row = {"operator": "fused_itc_loss", "case": f"accuracy, {regime}", "B": 4096, "D": 512, "scale": scale}
-        rows.write(FILE, **row, error_ours=ours, error_plain=plain)
 
 
 def _repeats() -> None:
@@ -49,14 +43,14 @@ def _repeats() -> None:
 # name -> measurement; in the order in which they run.
 STAGES: dict[str, Callable[[], object]] = {
     **{f"itc 65536 x {D}": partial(_itc, 65536, D, rounds=10) for D in WIDTHS},
-    "itc accuracy 14.3": partial(_accuracy, 14.3),
-    "itc accuracy 100": partial(_accuracy, 100.0),
+    "itc accuracy 14.3": lambda: contrastive.measure_accuracy(14.3, _device(), file=FILE),
+    "itc accuracy 100": lambda: contrastive.measure_accuracy(100.0, _device(), file=FILE),
     "itc repeats": _repeats,
     "masking": lambda: masking.measure(_device(), file=FILE),
     "itc graph 4096": lambda: contrastive.measure_graph(4096, 768, _device(), rounds=50, file=FILE),
     "siglip 65536": lambda: contrastive.measure_siglip(65536, 768, torch.bfloat16, _device(), rounds=10, file=FILE),
     **{f"itc sweep {B}": partial(_itc, B, 768, rounds=20 if B <= 32768 else 5) for B in SWEEP},
-    "itc 1048576": partial(_itc, 1048576, 768, peers=False, rounds=2),
+    "itc 1048576": partial(_itc, 1048576, 768, peers=(), rounds=2),
     "itc fp32 16384": partial(_itc, 16384, 512, dtype=torch.float32, rounds=5),
 }
 

@@ -50,8 +50,8 @@ def keep_freed_memory(keep: bool) -> None:
     libc.malloc_trim(0)
 
 
-def peak_mib(call: Callable[[], object]) -> float:
-    """Largest memory held during the call above what is held before."""
+def peak_mib(call: Callable[[], object], forked: bool = True) -> float:
+    """Largest memory held during the call above what is held before; on a CPU in a process of its own, if `forked`."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -61,23 +61,18 @@ def peak_mib(call: Callable[[], object]) -> float:
         peak = torch.cuda.max_memory_allocated()
         del result
         return (peak - before) / MIB
-    return _forked_peak_mib(call)
+    return _forked_peak_mib(call) if forked else _resident_peak_mib(call)
 
 
 def _forked_peak_mib(call: Callable[[], object]) -> float:
-    """In a forked process with one thread, from its resident set."""
+    """In a forked process with one thread."""
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
         status = 1
         try:
-            # Memory that was freed but is still held would hide what the call takes.
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            before = _status_kib("VmRSS")
-            call()
-            os.write(send, f"{(_status_kib('VmHWM') - before) / 1024}".encode())
+            os.write(send, str(_resident_peak_mib(call)).encode())
             status = 0
         finally:
             os._exit(status)
@@ -88,6 +83,15 @@ def _forked_peak_mib(call: Callable[[], object]) -> float:
     if not answer:
         raise MemoryError("the measured call did not finish")
     return float(answer)
+
+
+def _resident_peak_mib(call: Callable[[], object]) -> float:
+    # Memory that was freed but is still held would hide what the call takes.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_kib("VmRSS")
+    call()
+    return (_status_kib("VmHWM") - before) / 1024
 
 
 def _status_kib(field: str) -> int:

@@ -1,5 +1,7 @@
 """Launch shapes of the contrastive Triton kernels."""
 
+from collections.abc import Iterator
+
 import torch
 
 from kernels import dispatch, tuning
@@ -36,13 +38,55 @@ def block_shape(M: int, N: int, D: int, element_bytes: int, scratch_bytes: int, 
     return rows, columns
 
 
-def operand(x: torch.Tensor, tile: tuning.ContrastTile, block_rows: int):
-    """What the kernel takes for a matrix: a descriptor of its tiles, or the tensor."""
+def blocks(image: torch.Tensor, text: torch.Tensor, scratch_bytes: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Blocks (rows, columns, G) of all pairs, in the features' dtype; the storage of G is reused."""
+    (M, D), N = image.shape, text.shape[0]
+    if M == 0 or N == 0:
+        return
+    c, w = block_shape(M, N, D, image.element_size(), scratch_bytes, processors(image))
+    # Rows of G start at multiples of 16 bytes: whole-sector stores, and TMA can describe it.
+    scratch = torch.empty(c * _aligned(w, image), dtype=image.dtype, device=image.device)
+    for first_row in range(0, M, c):
+        rows = slice(first_row, min(first_row + c, M))
+        for first_column in range(0, N, w):
+            columns = slice(first_column, min(first_column + w, N))
+            height, width = rows.stop - rows.start, columns.stop - columns.start
+            pitch = _aligned(width, image)
+            yield rows, columns, scratch[: height * pitch].view(height, pitch)[:, :width]
+
+
+def _aligned(width: int, like: torch.Tensor) -> int:
+    values = 16 // like.element_size()
+    return -(-width // values) * values
+
+
+def constants(tile: tuning.ContrastTile) -> dict[str, int]:
+    """What a kernel is compiled for."""
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": tile.block_d,
+        "TMA": tile.tma,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def persistent(tile: tuning.ContrastTile, height: int, width: int, x: torch.Tensor) -> int:
+    """Programs of a persistent grid over the tiles of height x width logits."""
+    return min(processors(x) * tile.per_processor, -(-height // tile.block_m) * -(-width // tile.block_n))
+
+
+def operands(image: torch.Tensor, text: torch.Tensor, tile: tuning.ContrastTile) -> tuple:
+    """What a kernel takes for both matrices: descriptors of their tiles, or the tensors."""
     if not tile.tma:
-        return x
+        return image, text
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(x, [block_rows, tile.block_d])
+    return tuple(
+        TensorDescriptor.from_tensor(x, [rows, tile.block_d])
+        for x, rows in ((image, tile.block_m), (text, tile.block_n))
+    )
 
 
 def describable(x: torch.Tensor) -> bool:

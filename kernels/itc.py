@@ -8,7 +8,7 @@ products more. Nothing quadratic is stored. Derivation: `kernels/README.md`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ def fused_itc_loss(
     schedule: str = "gather",
     impl: str = "auto",
     scratch_bytes: int | None = None,
+    counts: Sequence[int] | None = None,
 ) -> Tensor:
     """Symmetric softmax contrastive loss (CLIP; Radford et al. 2021, figure 3) without the matrix of logits.
 
@@ -49,6 +50,8 @@ def fused_itc_loss(
         schedule: "gather" holds all texts of the group, "ring" those of one rank at a time.
         impl: "auto", or one of `implementations("fused_itc_loss")`.
         scratch_bytes: bytes for the blocks of logits; by default what is fastest.
+        counts: b of every rank of the group where the caller knows them; otherwise they are exchanged, which on a GPU
+            makes the host wait. A handle from `gather_texts` carries its own.
 
     Returns:
         () fp32: W / B times the sum over this rank's pairs. The mean over the ranks is the loss of the whole batch, and
@@ -62,7 +65,9 @@ def fused_itc_loss(
     if handle is not None:
         text, ids, group = _opened(handle, ids, group)
     logit_scale = _check(image, text, logit_scale, ids, label_smoothing, schedule, scratch_bytes)
-    layout = handle.layout if handle else groups.exchange_layout(_NAME, image.shape[0], image.device, group)
+    alone = handle is not None or group is None
+    dispatch.require(not (alone and counts is not None), _NAME, "counts belong to a group without a handle", counts)
+    layout = handle.layout if handle else groups.exchange_layout(_NAME, image.shape[0], image.device, group, counts)
     dispatch.require(layout.total >= 1, _NAME, "the batch must hold at least one pair", layout.total)
     chosen = dispatch.select(_NAME, impl, image.device, size=image.shape[0] * layout.total)
     if torch.float64 in (image.dtype, text.dtype):

@@ -6,6 +6,8 @@
 G passes through scratch of fixed size: written once, read by two products with fp32 accumulation.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -45,6 +47,7 @@ def _gradient_kernel(
     stride_id,
     stride_tn,
     stride_td,
+    stride_gm,
     HAS_TARGETS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -82,7 +85,7 @@ def _gradient_kernel(
         if touches_edge(m, n, M, N, offset, BLOCK_M, BLOCK_N):
             G = tl.where(columns[None, :] != rows[:, None] + offset, G, 0.0)
         mask = (i < height)[:, None] & (j < width)[None, :]
-        G_ptrs = G_ptr + i.to(tl.int64)[:, None] * width + j[None, :]
+        G_ptrs = G_ptr + i.to(tl.int64)[:, None] * stride_gm + j[None, :]
         tl.store(G_ptrs, (G * magnify).to(G_ptr.dtype.element_ty), mask=mask)
 
 
@@ -105,12 +108,14 @@ def grads(
     need_scale: bool,
     product: torch.dtype,
     scratch_bytes: int,
+    blocks: Callable | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`factor` times (s G T, s G^T I, <G, I T^T>), fp32; an output that is not needed is empty.
 
     Args:
         row, column: (2, b) and (2, n), shift r and reciprocal sum 1/Z.
         coefficient: (b,), G on the diagonal.
+        blocks: what forms G, in place of the kernel of this module.
     """
     image, text = image.to(product), text.to(product)
     (M, D), N = image.shape, text.shape[0]
@@ -121,7 +126,9 @@ def grads(
     magnify = FP16_FACTOR if product == torch.float16 else 1.0
     targets = ids, text_ids, weight, smoothing
     stats = row.contiguous(), column.contiguous(), safe
-    for rows, columns, G in _blocks(image, text, logit_scale, stats, targets, offset, magnify, scratch_bytes):
+    for rows, columns, G in (blocks or _blocks)(
+        image, text, logit_scale, stats, targets, offset, magnify, scratch_bytes
+    ):
         if form_image:
             accumulate(dimage[rows], G, text[columns])
         if need_text:
@@ -139,47 +146,29 @@ def grads(
 
 def _blocks(image, text, logit_scale, stats, targets, offset, magnify, scratch_bytes):
     """Blocks (rows, columns, G); the storage of G is reused."""
-    (M, D), N = image.shape, text.shape[0]
-    if M == 0 or N == 0:
-        return
-    ids, text_ids, weight, smoothing = targets
     tile = contrast_tiles.tile_for("gradient", image, text)
-    processors = contrast_tiles.processors(image)
-    c, w = contrast_tiles.block_shape(M, N, D, image.element_size(), scratch_bytes, processors)
-    scratch = torch.empty(c * w, dtype=image.dtype, device=image.device)
-    operands = contrast_tiles.operand(image, tile, tile.block_m), contrast_tiles.operand(text, tile, tile.block_n)
-    for first_row in range(0, M, c):
-        height = min(c, M - first_row)
-        for first_column in range(0, N, w):
-            width = min(w, N - first_column)
-            G = scratch[: height * width].view(height, width)
-            tiles = triton.cdiv(height, tile.block_m) * triton.cdiv(width, tile.block_n)
-            _gradient_kernel[(min(processors * tile.per_processor, tiles),)](
-                *operands,
-                logit_scale,
-                *stats,
-                *(logit_scale if x is None else x for x in (ids, text_ids, weight)),
-                G,
-                smoothing,
-                magnify,
-                offset,
-                first_row,
-                first_column,
-                height,
-                width,
-                M,
-                N,
-                D,
-                *image.stride(),
-                *text.stride(),
-                HAS_TARGETS=weight is not None,
-                HAS_IDS=ids is not None,
-                BLOCK_M=tile.block_m,
-                BLOCK_N=tile.block_n,
-                BLOCK_D=tile.block_d,
-                GROUP_M=tile.group_m,
-                TMA=tile.tma,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-            )
-            yield slice(first_row, first_row + height), slice(first_column, first_column + width), G
+    ids, text_ids, weight, smoothing = targets
+    for rows, columns, G in contrast_tiles.blocks(image, text, scratch_bytes):
+        _gradient_kernel[(contrast_tiles.persistent(tile, *G.shape, image),)](
+            *contrast_tiles.operands(image, text, tile),
+            logit_scale,
+            *stats,
+            *(logit_scale if x is None else x for x in (ids, text_ids, weight)),
+            G,
+            smoothing,
+            magnify,
+            offset,
+            rows.start,
+            columns.start,
+            *G.shape,
+            image.shape[0],
+            *text.shape,
+            *image.stride(),
+            *text.stride(),
+            G.stride(0),
+            HAS_TARGETS=weight is not None,
+            HAS_IDS=ids is not None,
+            GROUP_M=tile.group_m,
+            **contrast_tiles.constants(tile),
+        )
+        yield rows, columns, G

@@ -100,31 +100,41 @@ def _online_kernel(
     stride_id,
     stride_tn,
     stride_td,
+    BY_COLUMN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    m = tl.program_id(0) * BLOCK_M
-    rows = m + tl.arange(0, BLOCK_M)
-    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    # The columns' logits are those of the gradient to the last bit, which a product of text and image would not give:
+    # at logits of 10^4 that bit is a thousandth of a probability.
+    AXIS: tl.constexpr = 0 if BY_COLUMN else 1
+    OWN: tl.constexpr = BLOCK_N if BY_COLUMN else BLOCK_M
+    OTHER: tl.constexpr = BLOCK_M if BY_COLUMN else BLOCK_N
+    size = N if BY_COLUMN else M
+    first = tl.program_id(0) * OWN
+    maximum = tl.full((OWN,), float("-inf"), tl.float32)
+    total = tl.zeros((OWN,), dtype=tl.float32)
     # The host does not know whether this is needed: where it is not, no tile is formed.
-    end = tl.where(tl.load(safe_ptr), 0, N)
+    end = tl.where(tl.load(safe_ptr), 0, M if BY_COLUMN else N)
     factor = tl.load(scale_ptr).to(tl.float32) * LOG2E
-    for n in range(0, end, BLOCK_N):
+    for start in range(0, end, OTHER):
+        m = start if BY_COLUMN else first
+        n = first if BY_COLUMN else start
+        rows = m + tl.arange(0, BLOCK_M)
         columns = n + tl.arange(0, BLOCK_N)
         dot = product_tile(
             image, text, m, n, M, N, D, stride_im, stride_id, stride_tn, stride_td, BLOCK_M, BLOCK_N, BLOCK_D, TMA
         )
-        off = (columns[None, :] != rows[:, None] + offset) & (columns < N)[None, :]
+        off = (columns[None, :] != rows[:, None] + offset) & (rows < M)[:, None] & (columns < N)[None, :]
         L = tl.where(off, dot * factor, float("-inf"))
-        larger = tl.maximum(maximum, tl.max(L, 1))
+        larger = tl.maximum(maximum, tl.max(L, AXIS))
         r = tl.where(larger == float("-inf"), 0.0, larger)
-        total = total * tl.exp2(maximum - r) + tl.sum(tl.exp2(L - r[:, None]), 1)
+        total = total * tl.exp2(maximum - r) + tl.sum(tl.exp2(L - tl.expand_dims(r, AXIS)), AXIS)
         maximum = larger
-    tl.store(state_ptr + rows, maximum, mask=rows < M)
-    tl.store(state_ptr + M + rows, total, mask=rows < M)
+    own = first + tl.arange(0, OWN)
+    tl.store(state_ptr + own, maximum, mask=own < size)
+    tl.store(state_ptr + size + own, total, mask=own < size)
 
 
 def sums(
@@ -147,13 +157,11 @@ def sums(
     if M == 0 or N == 0:
         return row, column
     tile = contrast_tiles.tile_for("sums" if weight is None else "target sums", image, text)
-    tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
-    programs = min(contrast_tiles.processors(image) * tile.per_processor, tiles)
+    programs = contrast_tiles.persistent(tile, M, N, image)
     parts = 1 if weight is None else 2
     row_parts, column_parts = (torch.zeros(programs, parts, size, device=image.device) for size in (M, N))
     _sums_kernel[(programs,)](
-        contrast_tiles.operand(image, tile, tile.block_m),
-        contrast_tiles.operand(text, tile, tile.block_n),
+        *contrast_tiles.operands(image, text, tile),
         logit_scale,
         shift,
         *(shift if x is None else x for x in (ids, text_ids, weight)),
@@ -168,13 +176,8 @@ def sums(
         *text.stride(),
         HAS_TARGETS=weight is not None,
         HAS_IDS=ids is not None,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_D=tile.block_d,
         GROUP_M=tile.group_m,
-        TMA=tile.tma,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **contrast_tiles.constants(tile),
     )
     torch.sum(row_parts, 0, out=row[:parts])
     torch.sum(column_parts, 0, out=column[:parts])
@@ -192,32 +195,25 @@ def online(
 ) -> tuple[Tensor, Tensor]:
     """Off-diagonal maxima and sums relative to them, rows (2, b) and columns (2, n); nothing is done where safe."""
     image, text = image.to(product), text.to(product)
-    states = []
-    for a, b, diagonal in ((image, text, offset), (text, image, -offset)):
-        (M, D), N = a.shape, b.shape[0]
-        state = torch.empty(2, M, device=a.device)
-        if N == 0:
-            state[0], state[1] = -torch.inf, 0.0
-        elif M:
-            tile = contrast_tiles.tile_for("online", a, b)
-            _online_kernel[(triton.cdiv(M, tile.block_m),)](
-                contrast_tiles.operand(a, tile, tile.block_m),
-                contrast_tiles.operand(b, tile, tile.block_n),
-                logit_scale,
-                safe,
-                state,
-                diagonal,
-                M,
-                N,
-                D,
-                *a.stride(),
-                *b.stride(),
-                BLOCK_M=tile.block_m,
-                BLOCK_N=tile.block_n,
-                BLOCK_D=tile.block_d,
-                TMA=tile.tma,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-            )
-        states.append(state)
-    return states[0], states[1]
+    (M, D), N = image.shape, text.shape[0]
+    row, column = (torch.zeros(2, size, device=image.device) for size in (M, N))
+    row[0], column[0] = -torch.inf, -torch.inf
+    if M == 0 or N == 0:
+        return row, column
+    tile = contrast_tiles.tile_for("online", image, text)
+    for state, by_column, own in ((row, False, tile.block_m), (column, True, tile.block_n)):
+        _online_kernel[(triton.cdiv(state.shape[1], own),)](
+            *contrast_tiles.operands(image, text, tile),
+            logit_scale,
+            safe,
+            state,
+            offset,
+            M,
+            N,
+            D,
+            *image.stride(),
+            *text.stride(),
+            BY_COLUMN=by_column,
+            **contrast_tiles.constants(tile),
+        )
+    return row, column

@@ -39,6 +39,7 @@ def _sigmoid_kernel(
     stride_id,
     stride_tn,
     stride_td,
+    stride_gm,
     HAS_GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,7 +73,7 @@ def _sigmoid_kernel(
         loss += tl.sum(softplus, 1)
         gradient += tl.sum(G, 1)
         if HAS_GRADIENT:
-            G_ptrs = G_ptr + i.to(tl.int64)[:, None] * width + j[None, :]
+            G_ptrs = G_ptr + i.to(tl.int64)[:, None] * stride_gm + j[None, :]
             tl.store(G_ptrs, (G * magnify).to(G_ptr.dtype.element_ty), mask=inside)
     sums_ptr += 2 * tl.program_id(0)
     tl.store(sums_ptr, tl.sum(loss, 0))
@@ -123,49 +124,34 @@ def loss_and_grads(
 
 def blocks(image, text, logit_scale, logit_bias, offset, magnify, wanted):
     """Blocks (rows, columns, G, sums of loss and G per program); the storage of G is reused."""
-    (M, D), N = image.shape, text.shape[0]
-    if M == 0:
-        return
+    M, (N, D) = image.shape[0], text.shape
     tile = contrast_tiles.tile_for("sigmoid", image, text)
-    processors = contrast_tiles.processors(image)
-    c, w = contrast_tiles.block_shape(M, N, D, image.element_size(), 0, processors) if wanted else (M, N)
-    scratch = torch.empty(c * w if wanted else 0, dtype=image.dtype, device=image.device)
-    operands = (
-        contrast_tiles.operand(image, tile, tile.block_m),
-        contrast_tiles.operand(text, tile, tile.block_n),
-    )
-    for first_row in range(0, M, c):
-        height = min(c, M - first_row)
-        for first_column in range(0, N, w):
-            width = min(w, N - first_column)
-            G = scratch[: height * width].view(height, width) if wanted else scratch
-            tiles = triton.cdiv(height, tile.block_m) * triton.cdiv(width, tile.block_n)
-            programs = min(processors * tile.per_processor, tiles)
-            parts = torch.empty(programs, 2, device=image.device)
-            _sigmoid_kernel[(programs,)](
-                *operands,
-                logit_scale,
-                logit_bias,
-                parts,
-                G,
-                magnify,
-                offset,
-                first_row,
-                first_column,
-                height,
-                width,
-                M,
-                N,
-                D,
-                *image.stride(),
-                *text.stride(),
-                HAS_GRADIENT=wanted,
-                BLOCK_M=tile.block_m,
-                BLOCK_N=tile.block_n,
-                BLOCK_D=tile.block_d,
-                GROUP_M=tile.group_m,
-                TMA=tile.tma,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-            )
-            yield slice(first_row, first_row + height), slice(first_column, first_column + width), G, parts
+    # Without a gradient nothing is stored, and any tensor stands for G.
+    whole = [(slice(0, M), slice(0, N), image)] if M else []
+    for rows, columns, G in contrast_tiles.blocks(image, text, 0) if wanted else whole:
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        programs = contrast_tiles.persistent(tile, height, width, image)
+        parts = torch.empty(programs, 2, device=image.device)
+        _sigmoid_kernel[(programs,)](
+            *contrast_tiles.operands(image, text, tile),
+            logit_scale,
+            logit_bias,
+            parts,
+            G,
+            magnify,
+            offset,
+            rows.start,
+            columns.start,
+            height,
+            width,
+            M,
+            N,
+            D,
+            *image.stride(),
+            *text.stride(),
+            G.stride(0),
+            HAS_GRADIENT=wanted,
+            GROUP_M=tile.group_m,
+            **contrast_tiles.constants(tile),
+        )
+        yield rows, columns, G, parts

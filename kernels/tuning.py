@@ -149,8 +149,9 @@ _FP32_TILES = dict.fromkeys(_HOPPER_TILES, ContrastTile(64, 64, 32, 8, 2, False,
 }
 
 
-# Of the kernel with specialised warps; its stages are buffers of both operands.
+# Of the kernels with specialised warps; their stages are buffers of both operands. A tile of G takes the room of one.
 GLUON_SUMS = ContrastTile(128, 128, 64, 4, 6, True, 16, 1, UNMEASURED)
+GLUON_GRADIENT = ContrastTile(128, 128, 64, 4, 4, True, 8, 1, UNMEASURED)
 
 
 def contrast_tile(kernel: str, capability: tuple[int, int], itemsize: int, describable: bool) -> ContrastTile:

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from kernels import contrast_triton, itc_gluon, itc_triton, itc_triton_fwd, siglip_triton
+from kernels import contrast_gluon, contrast_triton, itc_gluon, itc_gluon_bwd, itc_triton, itc_triton_fwd, siglip_triton
 from tests.kernels.aot import compile_launch, recorded
 
 # The widths that the tiles are chosen for; one past a multiple of 16 bytes takes the kernels that read by pointers.
@@ -34,7 +34,7 @@ def launches(extent):
     every = extent == "all"
     seen = set()
     for architecture, D, dtype, with_ids in cases(extent):
-        modules = contrast_triton, itc_gluon, itc_triton, itc_triton_fwd, siglip_triton
+        modules = contrast_triton, itc_gluon, itc_gluon_bwd, itc_triton, itc_triton_fwd, siglip_triton
         with recorded(architecture, *modules) as recorders:
             _launch(D, dtype, with_ids, every)
             if architecture == 90:
@@ -70,7 +70,10 @@ def _launch(D, dtype, with_ids, every):
 
 def _launch_specialised(D, dtype):
     features, scalar = torch.ones(304, D, dtype=dtype), torch.ones(())
-    itc_gluon.sums(features, features, scalar, scalar, None, None, None, 0.0, 0, dtype, 0)
+    if contrast_gluon.supports(features, features, None):
+        itc_gluon.sums(features, features, scalar, scalar, None, None, None, 0.0, 0, dtype, 0)
+        stats = torch.ones(2, 304), torch.ones(2, 304), torch.tensor(True)
+        assert list(itc_gluon_bwd.blocks(features, features, scalar, stats, None, 0, 1.5, 0))
 
 
 if __name__ == "__main__":

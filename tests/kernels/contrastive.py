@@ -81,5 +81,15 @@ def error(got: Tensor, truth: Tensor) -> float:
     return difference / norm if norm > SMALL_NORM else difference
 
 
+def within(got: Sequence[float], plain: Sequence[float], bar: float) -> bool:
+    """Whether errors of (loss, image, text, ...) are at most the larger of the plain loss's and the bar.
+
+    Image and text are alike: the larger of the plain loss's two errors is the budget of both.
+    """
+    towers = max(plain[1:3])
+    budget = [plain[0], towers, towers, *plain[3:]]
+    return all(mine <= max(theirs, bar) for mine, theirs in zip(got, budget, strict=True))
+
+
 def errors(got: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
     return [error(a, b) for a, b in zip(got, truth, strict=True)]

@@ -53,6 +53,13 @@ def main(every):
         case("itc blocks", "itc", odd, SCALARS["itc"], scratch_bytes=1200)
         case("itc ids", "itc", odd, SCALARS["itc"], ids=ids)
         case("itc smoothing", "itc", odd, SCALARS["itc"], label_smoothing=0.1)
+        case(
+            "itc huge norm, 300",
+            "itc",
+            ADVERSARIAL["one huge norm"](300, 24),
+            HOT["itc"],
+            tile=TILE._replace(block_m=64, block_n=128),
+        )
         case("itc zero rows", "itc", ADVERSARIAL["zero rows"](20, 8), HOT["itc"])
         _frozen()
         _deterministic(odd)

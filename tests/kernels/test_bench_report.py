@@ -28,3 +28,30 @@ def test_rows_say_where_they_come_from(tmp_path, monkeypatch):
 def test_campaign_covers_the_documented_bars():
     for name in ("itc 65536 x 768", "itc graph 4096", "itc 1048576", "itc repeats", "siglip 65536"):
         assert name in gpu.STAGES
+
+
+def test_documented_sizes_without_a_row_are_listed_as_not_measured():
+    bar = {"operator": "fused_itc_loss", "case": "ours", "B": 65536, "D": 768, "dtype": "bfloat16", **TIMES, **MACHINE}
+    before = report.unmeasured([bar]).splitlines()
+    after = report.unmeasured([{**bar, "machine": f"NVIDIA {report.GPU}"}]).splitlines()
+    assert len(before) == 2 + len(report.GPU_BARS)
+    assert set(before) - set(after) == {f"| fused_itc_loss | B 65536, D 768 | bfloat16 | {report.GPU} | not measured |"}
+
+
+def test_errors_have_a_column_for_each_loss():
+    row = {"operator": "fused_itc_loss", "B": 8, "D": 4, "dtype": "float32", "scale": 100.0, **MACHINE}
+    first = {**row, "case": "accuracy, random", "gradient_errors": {"ours": 1e-7}}
+    second = {**row, "case": "accuracy, converged", "gradient_errors": {"ours": 2e-7, "eager": 3e-3}}
+    head, _, *lines = report.accuracy([first, second]).splitlines()
+    assert [name in head for name in ("ours", "eager")] == [True, True]
+    assert "2.0e-07 | 3.0e-03" in lines[1]
+
+
+def test_plots_show_losses_and_what_bounds_them(tmp_path):
+    sizes = [
+        {"operator": "fused_itc_loss", "case": case, "B": B, "D": 4, "dtype": "float32", **TIMES, **MACHINE}
+        for B in (8, 16, 32)
+        for case in ("ours", "ours forward", "products")
+    ]
+    (path,) = report.plots(sizes, tmp_path)
+    assert path.stat().st_size > 10_000

@@ -4,7 +4,7 @@ from tests.kernels.tritons import TRITONS, rows_of
 
 # Of one program on an A100 and on an H200.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-SPECIALISED = "_sums_specialised_kernel"
+SPECIALISED = {"_sums_specialised_kernel", "_gradient_specialised_kernel"}
 PRODUCTS = {"_sums_kernel", "_gradient_kernel", "_sigmoid_kernel"}
 
 
@@ -12,7 +12,7 @@ def check(row):
     assert row["shared"] <= SHARED_BYTES[row["architecture"]], row
     spills = row["stack"], row["instructions"]["LDL"], row["instructions"]["STL"]
     assert spills == (0, 0, 0), row
-    if row["kernel"] == SPECIALISED:
+    if row["kernel"] in SPECIALISED:
         # The producer gives registers away, the multiplying warps take them.
         assert row["instructions"]["HGMMA"] > 0 and row["instructions"]["UTMALDG"] > 0, row
         assert row["instructions"]["USETMAXREG"] > 0, row
@@ -29,7 +29,7 @@ def test_shipped_shape_compiles(triton):
     rows = rows_of("tests.kernels.aot_itc", "hopper" if triton else "few", triton=triton)
     architectures = (90,) if triton else (80, 90)
     assert {(row["kernel"], row["architecture"]) for row in rows} >= {(k, a) for k in PRODUCTS for a in architectures}
-    assert SPECIALISED in {row["kernel"] for row in rows}
+    assert {row["kernel"] for row in rows} >= SPECIALISED
     for row in rows:
         check(row)
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -57,7 +59,7 @@ def test_mean_over_ranks_is_the_gradient_of_the_batch(world_size, options, sched
     impl = "reference" if schedule == "reference" else "cpu"
     how = {"schedule": "ring"} if schedule == "ring" else {}
     results = run_ranks(on_rank, world_size, image, text, 14.3, {**options, **how}, impl, schedule == "early", 1)
-    assert max(errors(mean_over_ranks(results), exact)) <= 2 * BARS[torch.float32, 14.3]
+    assert max(errors(mean_over_ranks(results), exact)) <= BARS[torch.float32, 14.3]
 
 
 @pytest.mark.parametrize("schedule", ["gather", "ring"])
@@ -72,7 +74,9 @@ def test_unsafe_sums_on_one_rank_send_all_to_the_online_form(schedule):
 def test_accumulation_averages_separate_batches():
     image, text = correlated(B, D, 0.4, 0.1)
     results = run_ranks(on_rank, 2, image, text, 14.3, {}, "cpu", False, 2)
-    assert max(errors(mean_over_ranks(results), reference_gradients(image, text, 14.3, {}))) <= 2e-6
+    assert (
+        max(errors(mean_over_ranks(results), reference_gradients(image, text, 14.3, {}))) <= BARS[torch.float32, 14.3]
+    )
 
 
 def test_low_precision_text_gradients_are_summed_in_fp32():
@@ -80,7 +84,8 @@ def test_low_precision_text_gradients_are_summed_in_fp32():
     _, *exact = reference_gradients(image, text, 14.3, {})
     results = mean_over_ranks(run_ranks(on_rank, 4, image, text, 14.3, {}, "cpu", False, 1))
     rounded = exact[1].bfloat16()
-    assert errors([results[2]], [exact[1]])[0] <= 1.5 * errors([rounded], [exact[1]])[0]
+    rounding = errors([rounded], [exact[1]])[0]
+    assert errors([results[2]], [exact[1]])[0] <= math.hypot(rounding, BARS[torch.bfloat16, 14.3])
 
 
 def group_of_two(rank, world_size, image, text):
@@ -102,7 +107,7 @@ def test_groups_smaller_than_the_world():
         loss, dimage, dtext, _ = reference_gradients(image, text, 14.3, {})
         mine = [results[index], results[index + 2]]
         got = sum(x[0] for x in mine) / 2, torch.cat([x[1] for x in mine]) / 2, torch.cat([x[2] for x in mine]) / 2
-        assert max(errors(got, (loss, dimage, dtext))) <= 2e-6
+        assert max(errors(got, (loss, dimage, dtext))) <= BARS[torch.float32, 14.3]
 
 
 def two_passes(rank, world_size, image, text, weights):
@@ -137,6 +142,8 @@ def test_two_pass_training():
 def known_counts(rank, world_size, text):
     b = (4, 2)[rank]
     handle = kernels.gather_texts(text[rank, :b], group=dist.group.WORLD, counts=(4, 2))
+    loss = kernels.fused_itc_loss(text[rank, :b], text[rank, :b], 1.0, group=dist.group.WORLD, counts=(4, 2))
+    assert torch.equal(loss, kernels.fused_itc_loss(text[rank, :b], handle, 1.0))
     with pytest.raises(ValueError, match="counts must give b of 2 ranks"):
         kernels.gather_texts(text[rank], group=dist.group.WORLD, counts=(3, 3))
     with pytest.raises(ValueError, match="group must be the handle's"):
