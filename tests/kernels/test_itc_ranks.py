@@ -59,7 +59,9 @@ def test_mean_over_ranks_is_the_gradient_of_the_batch(world_size, options, sched
     impl = "reference" if schedule == "reference" else "cpu"
     how = {"schedule": "ring"} if schedule == "ring" else {}
     results = run_ranks(on_rank, world_size, image, text, 14.3, {**options, **how}, impl, schedule == "early", 1)
-    assert max(errors(mean_over_ranks(results), exact)) <= BARS[torch.float32, 14.3]
+    # The plain composition cancels in the scale's gradient, on one process as on several.
+    bar = 1e-5 if schedule == "reference" else BARS[torch.float32, 14.3]
+    assert max(errors(mean_over_ranks(results), exact)) <= bar
 
 
 @pytest.mark.parametrize("schedule", ["gather", "ring"])
