@@ -17,6 +17,7 @@ from sycoca.layers import (
     run_block,
 )
 from sycoca.losses import token_loss
+from sycoca.packing import Packing
 
 
 class VocabularyHead(nn.Module):
@@ -53,18 +54,22 @@ class CaptionDecoder(nn.Module):
 
     def forward(self, words: Tensor, patches: Tensor, labels: Tensor | None = None) -> Tensor:
         """As `VocabularyHead`, from words (B, T, D) and the patches (B, K, D') that captioning sees."""
-        return self.head(self.states(words, patches), labels)
+        packing = Packing.of(labels >= 0) if labels is not None else None
+        if packing is None:
+            return self.head(self.states(words, patches), labels)
+        x = self.states(packing.pack(words), patches, packing)
+        return self.head(x, labels.flatten()[packing.rows])
 
     def layers(self) -> Iterable[tuple[Block, CrossBlock]]:
         """The two blocks of each layer."""
         return zip(self.blocks[::2], self.blocks[1::2])
 
-    def states(self, words: Tensor, patches: Tensor) -> Tensor:
-        """What the head reads, (B, T, D)."""
+    def states(self, words: Tensor, patches: Tensor, packing: Packing | None = None) -> Tensor:
+        """What the head reads, (B, T, D), or the packed rows of it for packed words."""
         x = words
         for causal, cross in self.layers():
-            x = run_block(causal, x, recompute=self.recompute)
-            x = run_block(cross, x, patches, recompute=self.recompute)
+            x = run_block(causal, x, None, packing, recompute=self.recompute)
+            x = run_block(cross, x, patches, None, packing, recompute=self.recompute)
         return x
 
 

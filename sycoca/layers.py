@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sycoca import fused_mlp
+from sycoca.packing import Packing
+
 
 class KeysValues(NamedTuple):
     """What attention looks up, each (B, H, M, d)."""
@@ -71,12 +74,14 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        q, k, v = self._split(self.qkv(x))
+    def forward(self, x: Tensor, past: Past | None = None, packing: Packing | None = None) -> Tensor:
+        qkv = self.qkv(x)
+        q, k, v = self._split(qkv if packing is None else packing.unpack(qkv))
         if past is not None:
             k, v = past.extend(KeysValues(k, v))
         # A single query is the last of its keys.
-        return self.out(attend(q, k, v, causal=self.causal and x.shape[1] > 1))
+        attended = attend(q, k, v, causal=self.causal and q.shape[2] > 1)
+        return self.out(attended if packing is None else packing.pack(attended))
 
     def values(self, x: Tensor) -> Tensor:
         """Output of every position (B, N, D) as if it attended to itself alone."""
@@ -97,11 +102,21 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(memory_width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, memory: Tensor | KeysValues, valid: Tensor | None = None) -> Tensor:
-        B, N, D = x.shape
-        q = self.q(x).view(B, N, self.heads, D // self.heads).transpose(1, 2)
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | KeysValues,
+        valid: Tensor | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        q = self.q(x)
+        if packing is not None:
+            q = packing.unpack(q)
+        B, N, D = q.shape
+        q = q.view(B, N, self.heads, D // self.heads).transpose(1, 2)
         k, v = memory if isinstance(memory, KeysValues) else self.look_up(memory)
-        return self.out(attend(q, k, v, valid=valid))
+        attended = attend(q, k, v, valid=valid)
+        return self.out(attended if packing is None else packing.pack(attended))
 
     def look_up(self, memory: Tensor) -> KeysValues:
         """Keys and values of a memory, which `forward` takes in its place."""
@@ -116,6 +131,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(int(width * ratio), width)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused_mlp.fits(x, self.up.weight):
+            return fused_mlp.fused_mlp(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias)
         return self.down(F.gelu(self.up(x)))
 
 
@@ -129,8 +146,8 @@ class Block(nn.Module):
         self.ln_mlp = nn.LayerNorm(width)
         self.mlp = MLP(width, mlp_ratio)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        x = x + self.attn(self.ln_attn(x), past)
+    def forward(self, x: Tensor, past: Past | None = None, packing: Packing | None = None) -> Tensor:
+        x = x + self.attn(self.ln_attn(x), past, packing)
         return x + self.mlp(self.ln_mlp(x))
 
 
@@ -145,10 +162,16 @@ class CrossBlock(nn.Module):
         self.ln_mlp = nn.LayerNorm(width)
         self.mlp = MLP(width, mlp_ratio)
 
-    def forward(self, x: Tensor, memory: Tensor | KeysValues, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | KeysValues,
+        valid: Tensor | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
         if isinstance(memory, Tensor):
             memory = self.ln_memory(memory)
-        x = x + self.attn(self.ln_attn(x), memory, valid)
+        x = x + self.attn(self.ln_attn(x), memory, valid, packing)
         return x + self.mlp(self.ln_mlp(x))
 
     def look_up(self, memory: Tensor) -> KeysValues:
@@ -178,7 +201,7 @@ def position_table(grid: tuple[int, int], width: int) -> Tensor:
     return 0.5 * torch.cat([wave(a) for a in angles for wave in (torch.sin, torch.cos)], dim=1)[:, :width]
 
 
-def run_block(block: nn.Module, *args: Tensor | None, recompute: bool) -> Tensor:
+def run_block(block: nn.Module, *args: Tensor | Packing | None, recompute: bool) -> Tensor:
     """Output of a block, its activations kept for backward or computed again there."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sycoca.config import ModelConfig, TextConfig
 from sycoca.layers import Block, init_blocks, run_block
+from sycoca.packing import Packing
 
 
 class EncodedText(NamedTuple):
@@ -73,7 +74,11 @@ class TextEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> EncodedText:
         valid = valid_tokens(tokens, self.config)
         lengths = valid.sum(1)
-        x = self._run(self.sequence(tokens, lengths))
+        x = self.sequence(tokens, lengths)
+        if packing := Packing.of(torch.arange(x.shape[1], device=x.device) <= lengths[:, None]):
+            x = packing.unpack(self._run(packing.pack(x), packing))
+        else:
+            x = self._run(x)
         cls = x.gather(1, lengths[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
         return EncodedText(self.ln_final(cls), x[:, :-1], valid)
 
@@ -81,7 +86,7 @@ class TextEncoder(nn.Module):
         """States (B, T, D) of tokens (B, T) that may be unfinished; no [CLS]."""
         return self._run(self.sequence(tokens))
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         for block in self.blocks:
-            x = run_block(block, x, recompute=self.recompute)
+            x = run_block(block, x, None, packing, recompute=self.recompute)
         return x
