@@ -39,15 +39,14 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def keep_freed_memory(keep: bool) -> None:
-    """Whether glibc hands freed memory out again, or maps fresh pages for each large tensor.
+    """Whether glibc hands the memory of large tensors out again, or maps fresh pages for each one above 8 MiB.
 
-    By itself it does the one below 32 MiB and the other above, by the history of the process. Fresh pages cost more
-    than what most operators do with them. Ask for fresh ones first: memory that was kept is handed out.
+    By itself it draws that line between 128 KiB and 32 MiB, by the history of the process. Fresh pages cost more than
+    what most operators do with them. Ask for fresh ones first: memory that was kept is handed out.
     """
     libc = ctypes.CDLL(None)
-    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**17)
-    libc.mallopt(_MMAP_THRESHOLD, 2**30 if keep else 2**17)
-    libc.malloc_trim(0)
+    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_MMAP_THRESHOLD, 2**30 if keep else 2**23)
 
 
 def peak_mib(call: Callable[[], object], forked: bool = True) -> float:
