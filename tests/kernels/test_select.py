@@ -65,25 +65,28 @@ def test_scores_and_order(impl, dtype, shape):
     assert_ordered(got, P // 2, P // 3)
 
 
-# around the powers of 2, the shipped patch counts and the limit
-COUNTS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 195, 196, 197, 255, 256, 257, 576, 577, 578, 1023, 1024)
+# every small count; around the powers of 2, the shipped patch counts and the limit
+COUNTS = (*range(1, 66), 195, 196, 197, 255, 256, 257, 576, 577, 578, 1023, 1024)
 
 
 # the interpreter takes seconds where P is large: one past a power of 2, a shipped count, the limit
 FEW_COUNTS = (1, 2, 17, 64, 65, 196)
 
 
-def assert_selects(impl, P, rows):
+def assert_selects(impl, P, rows, **squares):
     generator = torch.Generator().manual_seed(P)
     # two small integers make a handful of different scores: most are ties
     patches = torch.randint(-2, 3, (rows, P, 2), generator=generator).float()
     patches[: rows // 2] = torch.randn(rows // 2, P, 2, generator=generator)
     tokens = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]).expand(rows, 2, 2)
     valid = torch.rand(rows, 2, generator=generator) < 0.8
-    num_masked = int(torch.randint(0, P + 1, (), generator=generator))
-    for num_dropped in {P // 3} if INTERPRETED else {P - num_masked, P // 3}:
-        selection = run(impl, patches, tokens, valid, num_masked=num_masked, num_dropped=num_dropped)
-        assert_ordered(selection, num_masked, num_dropped)
+    unit = squares.get("block", 1) ** 2
+    num_masked = int(torch.randint(0, P // unit + 1, (), generator=generator)) * unit
+    for num_dropped in {P // 3 // unit * unit} if INTERPRETED else {P - num_masked, P // 3 // unit * unit}:
+        selection = run(impl, patches, tokens, valid, num_masked=num_masked, num_dropped=num_dropped, **squares)
+        assert_ordered(selection, num_masked, num_dropped, **squares)
+    truth, *_ = reference.attentive_select(patches.double(), tokens.double(), valid, 0, 0)
+    assert (selection.scores - truth).abs().max() <= 8 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -99,9 +102,10 @@ def test_ties_at_every_length(impl):
 def test_ten_thousand_rows(impl):
     if INTERPRETED:
         pytest.skip("hours in the interpreter")
-    lengths = sorted({*range(1, 65), *COUNTS})
-    for P in lengths:
-        assert_selects(impl, P, 10_000 // len(lengths) + 1)
+    for P in COUNTS:
+        assert_selects(impl, P, 10_000)
+    for side in (2, 4, 14, 16, 24, 32):
+        assert_selects(impl, side * side, 10_000, block=2, grid=(side, side))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
