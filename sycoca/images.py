@@ -113,12 +113,20 @@ def _center_corner(width: int, height: int, size: int) -> tuple[int, int]:
     return round((width - size) / 2), round((height - size) / 2)
 
 
+def _middle(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = _center_corner(*image.size, side)
+    return image.crop((left, top, left + side, top + side))
+
+
 def _as_pil(image: Image.Image | np.ndarray) -> Image.Image:
     return Image.fromarray(image) if isinstance(image, np.ndarray) else image
 
 
 def center_image(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     """The picture for evaluation: shorter side to `size`, square out of the middle.
+
+    The other way round for a strip that would grow beyond `MAX_PIXELS`, which may differ at the edges of the square.
 
     Args:
         image: RGB PIL image or (height, width, 3) uint8.
@@ -131,6 +139,9 @@ def center_image(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
         return image
     image = _as_pil(image)
     shape = _resized(*image.size, size)
+    if shape[0] * shape[1] > MAX_PIXELS:
+        # A strip would be blown up beyond all memory only to be cut away.
+        image, shape = _middle(image), (size, size)
     if image.size != shape:
         image = image.resize(shape, Image.Resampling.BICUBIC)
     left, top = _center_corner(*shape, size)

@@ -13,6 +13,7 @@ import html
 import importlib.util
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ _CLIP_MERGES = 49152 - 256 - 2
 _CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 # A caption longer than this many characters per token of the context is cut before it is split.
 _CHARACTERS_PER_TOKEN = 64
+# Of a caption that a vocabulary learns from; merges within one endless word would take hours.
+_TRAINED_CHARACTERS = 4096
 # What ftfy's repairs come to on well-encoded captions: straight quotes, no control characters, and ligatures and
 # full-width forms taken apart.
 _REPAIRS = {
@@ -38,6 +41,8 @@ _REPAIRS = {
     **dict.fromkeys([*range(0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF], None),
     **dict.fromkeys(range(0xFFF9, 0xFFFD), None),
 }
+# Terminal commands and reversed writing; line ends and tabs are white space, joiners belong to words and emoji.
+_UNPRINTED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u206f\ufeff]")
 _APART = [*range(0xFB00, 0xFB07), *range(0xFF01, 0xFFF0), 0x3000, 0x0132, 0x0133, *range(0x01C4, 0x01CD)]
 _REPAIRS |= {c: unicodedata.normalize("NFKC", chr(c)) for c in _APART} | {0x0149: "'n"}
 
@@ -49,8 +54,26 @@ def _clip_clean(text: str) -> str:
     return html.unescape(html.unescape(text))
 
 
-def _normalizer() -> normalizers.Normalizer:
-    steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
+def _bounded(text: str, most: int) -> str:
+    """A caption of at most so many characters that can be written as bytes."""
+    if not isinstance(text, str):
+        raise TypeError(f"tokenizer: a caption must be a string, got {type(text).__name__}")
+    if len(text) > most:
+        # White space and what is not printed must not hide the words behind it.
+        text = " ".join(_UNPRINTED.sub("", text).split())[:most]
+    # Lone surrogates are no characters.
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _normalizer(printed_only: bool) -> normalizers.Normalizer:
+    unprinted = [normalizers.Replace(Regex(_UNPRINTED.pattern), "")] if printed_only else []
+    steps = [
+        *unprinted,
+        normalizers.NFC(),
+        normalizers.Replace(Regex(r"\s+"), " "),
+        normalizers.Strip(),
+        normalizers.Lowercase(),
+    ]
     return normalizers.Sequence(steps)
 
 
@@ -99,7 +122,7 @@ class Tokenizer:
         if vocab_size < least:
             raise ValueError(f"tokenizer: vocab_size must be at least {least}, got {vocab_size}")
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.normalizer = _normalizer()
+        backend.normalizer = _normalizer(printed_only=True)
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -107,7 +130,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(captions, trainer)
+        backend.train_from_iterator((_bounded(text, _TRAINED_CHARACTERS) for text in captions), trainer)
         learned = json.loads(backend.to_str())["model"]
         return cls(cls._assemble(models.BPE(learned["vocab"], [tuple(m) for m in learned["merges"]]), _OWN))
 
@@ -142,7 +165,7 @@ class Tokenizer:
     def _assemble(model: models.BPE, special: tuple[str, str, str]) -> tokenizers.Tokenizer:
         """A backend in which special tokens are rows of the vocabulary and nothing that text could match."""
         backend = tokenizers.Tokenizer(model)
-        backend.normalizer = _normalizer()
+        backend.normalizer = _normalizer(printed_only=special != _CLIP)
         if special == _CLIP:
             words = pre_tokenizers.Split(Regex(_CLIP_WORD), behavior="removed", invert=True)
             backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -232,11 +255,7 @@ class Tokenizer:
         return [(cleaned[min(ends) : max(ends)].strip(), positions) for positions, ends in found.values()]
 
     def _clean(self, text: str, most: int) -> str:
-        # Cut twice: words first, for a caption of mere white space must not hide its words.
-        text = " ".join(text.split()) if len(text) > most else text
-        text = text[:most]
-        # Lone surrogates cannot be written as bytes.
-        text = text.encode("utf-8", "replace").decode("utf-8")
+        text = _bounded(text, most)
         return _clip_clean(text) if self._is_clip else text
 
     def decode(self, tokens: Tensor | Sequence[Sequence[int]] | np.ndarray) -> list[str]:
@@ -259,4 +278,5 @@ class Tokenizer:
         text = self._backend.decode([i for i in row if i not in drop and 0 <= i < self.vocab_size])
         if self._is_clip:
             text = text.replace("</w>", " ")
-        return " ".join(text.split())
+        # A caption cut within a character ends in a mark that stands for none.
+        return " ".join(text.replace("\ufffd", "").split())

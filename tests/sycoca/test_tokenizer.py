@@ -139,11 +139,42 @@ def test_arguments_are_checked(tokenizer):
 
 
 def test_any_string_can_be_encoded(tokenizer):
-    odd = ["\x00", "\ud800 lone", "a" * 1_000_000, " " * 1_000_000 + "dogs", "\u202e", "e\u0301"]
+    odd = ["\x00", "\ud800 lone", "a" * 1_000_000, " " * 1_000_000 + "dogs", "\x07" * 1_000_000 + "run", "e\u0301"]
     tokens = tokenizer.encode(odd, 16)
     assert (tokens == tokenizer.eot_id).any(dim=1).all()
-    assert tokenizer.decode(tokens[3:4]) == ["dogs"]
-    assert tokenizer.decode(tokens[5:]) == ["é"]
+    assert tokenizer.decode(tokens[3:]) == ["dogs", "run", "é"]
+    assert tokenizer.decode(tokens[:2]) == ["", "? lone"]
+
+
+def test_what_is_not_printed_is_left_out(tokenizer):
+    odd = ["a\x00b\x1b[31mred\x07 dog\x9b", "\u202edog\u2066 run", "two\tdogs\r\nrun\x85", "\ufefftwo", "\x00\x01"]
+    found = tokenizer.decode(tokenizer.encode(odd, 64))
+    assert found == ["ab[31mred dog", "dog run", "two dogs run", "two", ""]
+    # Joiners are part of words and of emoji.
+    joined = "می‌خواهم 👩‍👩‍👧"
+    assert tokenizer.decode(tokenizer.encode([joined], 128)) == [joined]
+
+
+def test_a_caption_cut_within_a_character_stays_clean(tokenizer):
+    for length in range(2, 12):
+        (text,) = tokenizer.decode(tokenizer.encode(["日本語"], length))
+        assert "日本語".startswith(text)
+
+
+def test_learning_survives_any_string():
+    draws = random.Random(0)
+    endless = "".join(draws.choices("abcdefgh", k=1_000_000))
+    tokenizer = Tokenizer.train(["\ud800 lone", "a" * 1_000_000, endless, "\x00" * 1_000_000 + "dog"] * 2, 400)
+    assert tokenizer.decode(tokenizer.encode(["dog"], 16)) == ["dog"]
+
+
+@pytest.mark.parametrize("caption", [None, b"dog", 5, ["dog"]])
+def test_only_strings_are_captions(tokenizer, caption):
+    line = f"tokenizer: a caption must be a string, got {type(caption).__name__}"
+    with pytest.raises(TypeError, match=line):
+        tokenizer.encode(["dog", caption], 8)
+    with pytest.raises(TypeError, match=line):
+        Tokenizer.train(["dog", caption], 300)
 
 
 # CLIP's vocabulary
