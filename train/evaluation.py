@@ -63,16 +63,26 @@ def chance(positives: Iterable[int], candidates: int) -> dict[str, float]:
 
 def retrieval(images: Tensor, texts: Tensor, owner: Tensor) -> dict:
     """Recalls in both directions beside their chance; arguments as `retrieval_ranks`."""
-    to_text, to_image = retrieval_ranks(images, texts, owner)
-    owned = torch.bincount(owner, minlength=len(images)).tolist()
+    return retrieval_figures(*retrieval_ranks(images, texts, owner), owner, len(images))
+
+
+def retrieval_figures(to_text: Tensor, to_image: Tensor, owner: Tensor, images: int) -> dict:
+    """Recalls in both directions beside their chance.
+
+    Args:
+        to_text, to_image: results of `retrieval_ranks`.
+        owner: (M,) int64, the image of each text.
+        images: N.
+    """
+    owned = torch.bincount(owner, minlength=images).tolist()
     return {
-        "images": len(images),
-        "texts": len(texts),
+        "images": images,
+        "texts": len(owner),
         "image_to_text": recalls(to_text),
         "text_to_image": recalls(to_image),
         "chance": {
-            "image_to_text": chance(owned, len(texts)),
-            "text_to_image": chance([1] * len(texts), len(images)),
+            "image_to_text": chance(owned, len(owner)),
+            "text_to_image": chance([1] * len(owner), images),
         },
     }
 

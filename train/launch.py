@@ -27,6 +27,8 @@ from train.run_folder import check_writable, checkpoint_steps, free_run_dir, rea
 _FIXED = frozenset(
     ["data.train", "data.val", "data.tokenizer", "train.seed", "train.micro_batch", "train.accumulation"]
 )
+# What has an option of its own on the command line.
+_CHOSEN_APART = frozenset(["preset", "task", "model"])
 # The bytes and the special tokens.
 _LEAST_VOCABULARY = 256 + 3
 
@@ -42,7 +44,7 @@ class Launch:
     notes: tuple[str, ...] = ()
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Mistakes are a ConfigError: told once, by one rank, in one line."""
 
     def error(self, message: str) -> typing.NoReturn:
@@ -53,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    p = _Parser(
+    p = Parser(
         prog=prog,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -99,7 +101,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
         config = preset(args.preset, has_cuda)
     else:
         config, batch, stage = read_run_config(run_dir)
-        _check_world(config, batch, world)
+        check_world(config, batch, world)
         if (asked := ds.zero_optimization.stage) != stage:
             raise ConfigError(f"--resume: the run has ZeRO stage {stage}, {ds_path.name} asks for stage {asked}")
     before = config
@@ -112,13 +114,13 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
         overrides["data.train"] = args.data
     config = apply_overrides(config, overrides)
     config = apply_overrides(config, taken_over(ds, config, overrides, ds_path.name, world))
-    config = _settle(config, overrides, has_cuda)
+    config = settle(config, overrides, has_cuda)
     if run_dir is None:
         run_dir, newest = free_run_dir(args.run_dir, config.preset), 0
     else:
         newest = checkpoint_steps(run_dir)[-1]
         _check_resumed(before, config, newest)
-    launch = Launch(config, _deepspeed_dict(ds_raw, ds, config, world), run_dir, args.resume, _notes(config))
+    launch = Launch(config, deepspeed_dict(ds_raw, ds, config, world), run_dir, args.resume, _notes(config))
     _check_sources(config, world, newest)
     _check_tokenizer(config)
     check_writable(run_dir)
@@ -129,7 +131,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     return launch
 
 
-def _check_world(config: RunConfig, batch: int, world: int) -> None:
+def check_world(config: Any, batch: int, world: int) -> None:
     train = config.train
     asked = train.micro_batch * train.accumulation * world
     if batch != asked:
@@ -161,7 +163,7 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def split_overrides(texts: list[str], config: RunConfig) -> dict[str, Any]:
+def split_overrides(texts: list[str], config: Any) -> dict[str, Any]:
     """Full dotted key -> value of the overrides of a command line; each key may be given once."""
     result: dict[str, Any] = {}
     for text in texts:
@@ -172,10 +174,10 @@ def split_overrides(texts: list[str], config: RunConfig) -> dict[str, Any]:
     return result
 
 
-def split_override(text: str, config: RunConfig) -> tuple[str, Any]:
+def split_override(text: str, config: Any) -> tuple[str, Any]:
     """`key=value` -> (full dotted key, value). A key may be shortened to any ending that only one field has."""
     key, equals, value = text.partition("=")
-    known = [name for name in leaves(config) if name != "preset"]
+    known = [name for name in leaves(config) if name not in _CHOSEN_APART]
     if not equals:
         raise ConfigError(f"{text!r} is not of the form key=value{nearest(text, known)}")
     full = [name for name in known if name == key] or [name for name in known if name.endswith("." + key)]
@@ -211,7 +213,7 @@ def _value(text: str, annotation: Any) -> Any:
         return text
 
 
-def apply_overrides(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
+def apply_overrides(config: Any, overrides: dict[str, Any]) -> Any:
     """The configuration with dotted keys replaced; types are checked."""
     data = to_dict(config)
     for name, value in overrides.items():
@@ -220,10 +222,11 @@ def apply_overrides(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
         for part in groups:
             group = group[part]
         group[leaf] = value
-    return from_dict(RunConfig, data)
+    return from_dict(type(config), data)
 
 
-def _settle(config: RunConfig, overrides: dict[str, Any], has_cuda: bool) -> RunConfig:
+def settle(config: Any, overrides: dict[str, Any], has_cuda: bool) -> Any:
+    """The configuration with its precision chosen and one length of the run."""
     train = config.train
     if train.precision == "auto":
         train = replace(train, precision="bf16" if has_cuda else "fp32")
@@ -236,7 +239,8 @@ def _settle(config: RunConfig, overrides: dict[str, Any], has_cuda: bool) -> Run
     return replace(config, train=train)
 
 
-def _deepspeed_dict(raw: dict, ds: deepspeed_json.DeepSpeedJson, config: RunConfig, world: int) -> dict[str, Any]:
+def deepspeed_dict(raw: dict, ds: deepspeed_json.DeepSpeedJson, config: Any, world: int) -> dict[str, Any]:
+    """What DeepSpeed is given: the file's own keys, and batch and precision as they were settled."""
     result = {key: value for key, value in raw.items() if key not in deepspeed_json.OWNED_BY_PRESET}
     train = config.train
     result["train_micro_batch_size_per_gpu"] = train.micro_batch

@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 from sycoca.config import ModelConfig
 
+# Terms on the progress line, those of fine-tuning behind those of pre-training.
+_SHOWN = ("itc", "caption", "tgmim", "answer", "label", "reward", "greedy")
 LOSS_NAMES = ("loss", "itc", "caption", "tgmim", "local", "mask_overlap")
 
 
@@ -34,17 +36,26 @@ class RunLog:
 
     Args:
         run_dir: the run's folder, existing.
-        losses: names of those that are trained, of LOSS_NAMES; the others are left out.
+        losses: names of those that are trained, of `names`; the others are left out.
         total_steps: length of the run.
         first_step: where this process starts; later rows of an earlier one are dropped.
         every: steps between two readings of the device.
         group: process group over which losses are averaged, or None for this process alone.
+        names: of the values of a step, in their order.
     """
 
     def __init__(
-        self, run_dir: Path, *, losses: Sequence[str], total_steps: int, first_step: int, every: int, group=None
+        self,
+        run_dir: Path,
+        *,
+        losses: Sequence[str],
+        total_steps: int,
+        first_step: int,
+        every: int,
+        group=None,
+        names: Sequence[str] = LOSS_NAMES,
     ):
-        self.losses = losses
+        self.losses, self.names = losses, names
         self.total_steps, self.every, self.group = total_steps, every, group
         self.writes = group is None or dist.get_rank(group) == 0
         self._pending: list[tuple[int, torch.Tensor, dict]] = []
@@ -58,7 +69,7 @@ class RunLog:
             self._run_dir = run_dir
 
     def step(self, step: int, values: torch.Tensor, scalars: dict, timing: Timing) -> None:
-        """Takes one finished step: values (6,) fp32 in the order of LOSS_NAMES, host scalars, timing."""
+        """Takes one finished step: values fp32 in the order of `names`, host scalars, timing."""
         self._pending.append((step, values, scalars))
         self._timing.append(timing)
         if (step + 1) % self.every == 0 or step + 1 == self.total_steps:
@@ -79,7 +90,7 @@ class RunLog:
         if not self.writes:
             return
         for (step, _, scalars), values in zip(pending, losses, strict=True):
-            named = dict(zip(LOSS_NAMES, values, strict=True))
+            named = dict(zip(self.names, values, strict=True))
             last = row = {"step": step + 1, **{name: _finite(named[name]) for name in self.losses}}
             row.update((name, _finite(value)) for name, value in scalars.items())
             self._jsonl.write(json.dumps(row) + "\n")
@@ -199,7 +210,7 @@ class Display:
 
 def format_figures(row: dict) -> str:
     """The figures of one row in one line."""
-    figures = [f"{name} {_number(row[name], '.3f')}" for name in ("itc", "caption", "tgmim") if name in row]
+    figures = [f"{name} {_number(row[name], '.3f')}" for name in _SHOWN if name in row]
     figures += [f"lr {row['lr']:.1e}", f"|g| {_number(row['grad_norm'], '.2f')}", f"{row['pairs_per_s']:.0f} pairs/s"]
     figures += [f"data wait {row['data_wait']:.0%}", f"{row['memory_gib']:.1f} GiB"]
     return "  ".join(figures)

@@ -115,7 +115,7 @@ def evaluate_at_end(engine, launch: Launch, inputs, device, group) -> None:
 
     from sycoca.visualize import save_overview
     from train.data import readable
-    from train.evaluate import evaluate, summary_lines
+    from train.evaluation_run import evaluate, summary_lines
 
     model = whole_model(engine, launch, device).eval()
     image_size, pairs = launch.config.model.vision.image_size, launch.config.data.val_pairs

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sycoca.config import ConfigError, from_dict, nearest
 from train.config import RunConfig
@@ -36,19 +36,19 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 class Written(NamedTuple):
     """What a run wrote into its folder: its configuration, its global batch in pairs, its ZeRO stage."""
 
-    config: RunConfig
+    config: Any
     batch: int
     stage: int
 
 
-def read_run_config(run_dir: Path) -> Written:
-    """The configuration that lies in a run's folder."""
+def read_run_config(run_dir: Path, kind: type = RunConfig) -> Written:
+    """The configuration, of a dataclass `kind`, that lies in a run's folder."""
     path = run_dir / "config.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         ds = data["deepspeed"]
         stage = ds.get("zero_optimization", {}).get("stage", 0)
-        return Written(from_dict(RunConfig, data["run"]), int(ds["train_batch_size"]), int(stage))
+        return Written(from_dict(kind, data["run"]), int(ds["train_batch_size"]), int(stage))
     except FileNotFoundError:
         raise ConfigError(f"{run_dir}: no config.json, so nothing to resume") from None
     except KeyError as error:

@@ -169,5 +169,5 @@ def test_a_caption_stays_in_its_column():
 
 
 def test_matplotlib_waits_for_the_first_figure():
-    code = "import sys, sycoca.visualize, train.evaluate; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, sycoca.visualize, train.evaluation_run; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

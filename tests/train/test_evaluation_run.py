@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 from train import evaluation
 from train.data import open_dataset
 from train.data.sample import BadSample, Region, Sample
-from train.evaluate import evaluate, summary_lines
+from train.evaluation_run import evaluate, summary_lines
 
 SIZE, PATCH = 32, 8
 CONFIG = ModelConfig(

@@ -1,0 +1,124 @@
+"""Fine-tuning of a model for a task under DeepSpeed ZeRO, judged before and after.
+
+deepspeed train/finetune.py retrieval --config ds_zero2.json --model runs/tiny
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from sycoca.config import ConfigError
+from train.data.sample import DataError
+from train.hardware import has_cuda
+from train.tasks.launch import Tuning, parse
+
+
+def finetune(tuning: Tuning) -> None:
+    """Judges the model as it is, trains it to the last step, leaves it in the run's folder and judges it again."""
+    from train.engine import import_deepspeed, quiet_environment, start_process_group
+
+    quiet_environment(has_cuda())
+    deepspeed = import_deepspeed()
+    import torch
+    import torch.distributed as dist
+
+    from sycoca.hub import load_pretrained
+    from train.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+    from train.metrics import RunLog, Timing
+    from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
+    from train.tasks.tuning import build_objective, judge_tuned, judge_untuned, training_groups, tuning_batches
+
+    config, train, run_dir = tuning.config, tuning.config.train, tuning.run_dir
+    start_process_group(deepspeed, has_cuda(), train.timeout_s)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    group = dist.group.WORLD if world > 1 else None
+    device = torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+    if rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(tuning.effective(), indent=2)
+        (run_dir / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    torch.manual_seed(train.seed)
+    model, tokenizer, _ = load_pretrained(config.model, device=device)
+    if rank == 0 and not tuning.resume:
+        judge_untuned(tuning, model, tokenizer, device)
+    dist.barrier()
+    first_step = newest_checkpoint(run_dir) if tuning.resume else 0
+    plan = build_objective(tuning, model, tokenizer, device)
+    objective = plan.objective.train()
+    optimizer = build_optimizer(training_groups(objective, config), config.optimizer)
+    engine, optimizer, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, config=tuning.deepspeed)
+    if tuning.resume:
+        load_checkpoint(engine, run_dir, first_step)
+
+    per_epoch = len(tuning.train) // (train.micro_batch * world)
+    steps = train.steps or max(1, int(train.epochs * (per_epoch // train.accumulation)))
+    log = RunLog(
+        run_dir,
+        losses=objective.names,
+        names=objective.names,
+        total_steps=steps,
+        first_step=first_step,
+        every=train.log_every,
+        group=group,
+    )
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in objective.parameters() if p.requires_grad)
+    log.say(
+        f"{'resuming at step ' + str(first_step) if tuning.resume else 'starting'}: {config.task}, "
+        f"{count / 1e6:.1f} M parameters, {world} rank(s), {train.precision}, batch {train.micro_batch} x "
+        f"{train.accumulation} x {world}, {steps} steps\n"
+        f"data: {config.data.train}, {len(tuning.train)} images, {len(tuning.val)} held out; run folder: {run_dir}"
+    )
+    batches = tuning_batches(tuning, plan, first_step * train.accumulation, rank=rank, world=world, device=device)
+    shares = [train.micro_batch] * world
+    for step in range(first_step, steps):
+        started, waited = time.perf_counter(), 0.0
+        lr = config.optimizer.lr * learning_rate_factor(config.schedule, step, steps)
+        set_learning_rate(optimizer, lr)
+        taken = []
+        for _ in range(train.accumulation):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            values = engine(*objective.inputs(*batch), group, shares)
+            engine.backward(values[0])
+            engine.step()
+            taken.append(torch.stack([value.detach().float() for value in values]))
+        timing = Timing(waited, time.perf_counter() - started, sum(shares) * train.accumulation)
+        log.step(step, torch.stack(taken).mean(0), {"lr": lr, "grad_norm": engine.get_global_grad_norm()}, timing)
+        if (step + 1) % train.save_every == 0 or step + 1 == steps:
+            log.flush()
+            save_checkpoint(engine, run_dir, step=step + 1, keep=train.keep_last)
+    log.close()
+    if rank == 0:
+        judge_tuned(tuning, plan, tokenizer, device, step=steps)
+    # The others wait, or the launcher would take their end for a failure.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> int:
+    told_by_one = os.environ.get("RANK", "0") == "0"
+    try:
+        tuning = parse(sys.argv[1:], script=Path(__file__).resolve(), has_cuda=has_cuda())
+    except (ConfigError, DataError, OSError) as error:
+        if told_by_one:
+            told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            print(f"error: {told}", file=sys.stderr, flush=True)
+        return 2
+    try:
+        finetune(tuning)
+    except (ConfigError, DataError) as error:
+        print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

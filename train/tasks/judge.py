@@ -1,0 +1,98 @@
+"""One way to judge a model on any task."""
+
+import time
+from typing import Any, NamedTuple
+
+from sycoca.config import ConfigError
+from train.data.sample import Skipped
+from train.tasks import captioning, choosing, classification, retrieval, vqa
+from train.tasks.class_names import templates
+from train.tasks.heads import Head
+from train.tasks.options import TaskOptions
+from train.tasks.outcome import Outcome
+
+_NEEDS = {"retrieval": "itc", "zeroshot": "itc", "captioning": "ic", "vqa": "ic", "choice": "ic"}
+_ANSWER_IMAGES = 2_000
+
+
+class Judged(NamedTuple):
+    """What was found, what could not be used, and how long it took."""
+
+    outcome: Outcome
+    skipped: Skipped
+    seconds: float
+
+
+def check_objectives(task: str, objectives: tuple[str, ...]) -> None:
+    """Raises ConfigError where a model was not trained for what a task asks of it."""
+    needed = _NEEDS.get(task)
+    if needed is not None and needed not in objectives:
+        raise ConfigError(f"{task} needs a model trained with the objective '{needed}'; it has {', '.join(objectives)}")
+
+
+def vqa_method(asked: str, facts: dict[str, Any]) -> str:
+    """How questions are answered; by default as the model was fine-tuned to.
+
+    Raises:
+        ConfigError: a classifier is asked for and there is none.
+    """
+    tuned = facts.get("method") if facts.get("task") == "vqa" else None
+    if asked == "classify" and tuned != "classify":
+        raise ConfigError("vqa=classify: this model was not fine-tuned to classify answers")
+    return (tuned or "rank") if asked == "auto" else asked
+
+
+def judge(
+    task: str,
+    model: Any,
+    tokenizer: Any,
+    source: Any,
+    *,
+    options: TaskOptions,
+    device: Any,
+    head: Head | None = None,
+    method: str = "rank",
+    train: Any = None,
+) -> Judged:
+    """Judges a model.
+
+    Args:
+        task: one of `EVALUATED`.
+        model: in evaluation mode, on the device.
+        tokenizer: the model's.
+        source: what `open_source` opened for this task.
+        options: of the task.
+        device: of the model.
+        head: the classifier, for classification and for vqa by classification.
+        method: of vqa.
+        train: labelled images that a probe is fitted to; questions that candidate answers come from.
+
+    Returns:
+        Outcome, account and seconds.
+
+    Raises:
+        ValueError: nothing of the source can be used.
+    """
+    started, skipped = time.perf_counter(), source.skipped
+    how = {"options": options, "device": device, "skipped": skipped}
+    match task:
+        case "retrieval":
+            outcome = retrieval.evaluate(model, tokenizer, source, **how)
+        case "captioning":
+            outcome = captioning.evaluate(model, tokenizer, source, **how)
+        case "choice":
+            outcome = choosing.evaluate_choice(model, tokenizer, source, **how)
+        case "pairs":
+            outcome = choosing.evaluate_pairs(model, tokenizer, source, **how)
+        case "zeroshot":
+            sentences = templates(options.templates, source.classes)
+            outcome = classification.evaluate_zeroshot(model, tokenizer, source, sentences=sentences, **how)
+        case "probe":
+            outcome = classification.evaluate_probe(model, train, source, **how)
+        case "classification":
+            outcome = classification.evaluate_classifier(model, source, head, **how)
+        case "vqa":
+            candidates = vqa.frequent_answers(train or source, options.answers, _ANSWER_IMAGES)
+            how |= {"method": method, "head": head, "candidates": candidates}
+            outcome = vqa.evaluate(model, tokenizer, source, **how)
+    return Judged(outcome, skipped, time.perf_counter() - started)

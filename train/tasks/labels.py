@@ -1,0 +1,199 @@
+"""Images with one label each: folders by class, tar files, and single objects of the built-in scenes.
+
+SPEC = scenes | FOLDER | FILE.tar | FILES-{000..009}.tar
+
+A folder holds a folder of images for every class, perhaps below `train`, `val` and `test`. A tar file holds
+`CLASS/NAME.jpg`, or WebDataset's `NAME.jpg` beside `NAME.cls`, which gives the index or the name of the class.
+"""
+
+import io
+import os
+import re
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from sycoca.config import nearest
+from train.data import DataError, Source, open_dataset
+from train.data.sample import BadSample, Skipped
+from train.data.scene_shapes import COLOURS, SHAPES
+from train.tasks.annotations import require_some
+
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_VAL_NAMES = {"train": ("train",), "val": ("val", "valid", "validation", "test"), "test": ("test", "val")}
+
+
+class LabelSource(Source):
+    """A map-style data set of images with a label each; `classes` are its names, by label."""
+
+    classes: tuple[str, ...]
+
+    def label(self, index: int) -> int:
+        """The label of an image, without touching it."""
+        raise NotImplementedError
+
+    def image(self, index: int) -> tuple[Any, str]:
+        """An image and its key; raises BadSample where it cannot be used."""
+        raise NotImplementedError
+
+    def pair(self, index: int, pick: int) -> tuple[Any, str, str]:
+        """Image, label in digits, and key."""
+        image, key = self.image(index)
+        return image, str(self.label(index)), key
+
+
+class SceneObjects(LabelSource):
+    """One object of a scene on its ground, of 48 classes: colour and shape."""
+
+    classes = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+
+    def __init__(self, scenes: Source, image_size: int) -> None:
+        self.name, self.split, self.fresh, self.skipped = scenes.name, scenes.split, scenes.fresh, scenes.skipped
+        self._scenes, self._size = scenes, image_size
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def label(self, index: int) -> int:
+        thing = self._scenes.scene(index).things[0]
+        return self.classes.index(f"{thing.color} {thing.shape}")
+
+    def image(self, index: int) -> tuple[Any, str]:
+        from train.data.scenes import draw_scene
+
+        scene = self._scenes.scene(index)
+        alone = scene._replace(things=scene.things[:1], figures=scene.figures[:1])
+        return draw_scene(alone, self._size), f"scenes/{self.split}/{index}"
+
+
+class ListedLabels(LabelSource):
+    """Images listed with the names of their classes."""
+
+    def __init__(self, name: str, split: str, skipped: Skipped, found: list[tuple[Any, str]]) -> None:
+        self.name, self.split, self.skipped = name, split, skipped
+        require_some(len(found), "labelled image", Path(name), skipped)
+        names = sorted({label for _, label in found}, key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n))
+        self.classes = tuple(names)
+        place = {label: i for i, label in enumerate(names)}
+        self._found = [(where, place[label]) for where, label in found]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def label(self, index: int) -> int:
+        return self._found[index][1]
+
+    def renamed(self, classes: tuple[str, ...]) -> None:
+        """Takes the labels to be those of other classes: by name, or by number where its own names are numbers."""
+        known = {name: i for i, name in enumerate(classes)}
+        numbered = all(name.isdigit() and int(name) < len(classes) for name in self.classes)
+        kept = []
+        for where, label in self._found:
+            name = self.classes[label]
+            if name in known or numbered:
+                kept.append((where, known.get(name, int(name) if numbered else 0)))
+            else:
+                self.skipped.row("class is not among the class names", f"{name}{nearest(name, classes)}")
+        self._found, self.classes = kept, classes
+        require_some(len(kept), "labelled image", Path(self.name), self.skipped)
+
+    def image(self, index: int) -> tuple[Any, str]:
+        from sycoca.images import ImageError, decode
+
+        where = self._found[index][0]
+        key = where if isinstance(where, str) else where[3]
+        try:
+            return decode(where if isinstance(where, str) else _member(where)), key
+        except ImageError as error:
+            raise BadSample(error.cause, key) from None
+
+
+def _member(where: tuple[str, int, int, str]) -> bytes:
+    path, offset, size, _ = where
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _folder(path: Path, split: str, skipped: Skipped) -> list[tuple[str, str]]:
+    root = next((path / name for name in _VAL_NAMES[split] if (path / name).is_dir()), path)
+    found = []
+    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+        for file in sorted(os.listdir(folder)):
+            if file.lower().endswith(_IMAGES):
+                found.append((str(folder / file), folder.name))
+            else:
+                skipped.row("file is no image", f"{folder.name}/{file}")
+    return found
+
+
+def _shards(spec: str) -> list[Path]:
+    braces = _BRACES.search(spec)
+    if not braces:
+        return [Path(spec).expanduser()]
+    first, last = braces[1], braces[2]
+    numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
+    return [Path(spec[: braces.start()] + n + spec[braces.end() :]).expanduser() for n in numbers]
+
+
+def _tar(path: Path, skipped: Skipped) -> list[tuple[Any, str]]:
+    images: dict[str, tuple[str, int, int, str]] = {}
+    labels: dict[str, str] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                stem, ending = os.path.splitext(member.name)
+                if ending.lower() in _IMAGES:
+                    if stem in images:
+                        skipped.row("duplicate key", f"{path.name}:{stem}")
+                        continue
+                    images[stem] = (str(path), member.offset_data, member.size, member.name)
+                elif ending.lower() == ".cls":
+                    labels[stem] = io.TextIOWrapper(tar.extractfile(member), "utf-8", "replace").read().strip()
+    except tarfile.ReadError as error:
+        if not images:
+            raise DataError(f"data source '{path}': not a tar file: {error}") from None
+        skipped.row("tar file ends early", path.name)
+    found = []
+    for stem, where in images.items():
+        label = labels.get(stem) or os.path.basename(os.path.dirname(stem))
+        if label:
+            found.append((where, label))
+        else:
+            skipped.sample(where[3], "image without a class")
+    return found
+
+
+def open_labels(spec: str, split: str, *, image_size: int, classes: tuple[str, ...] | None = None) -> LabelSource:
+    """Opens labelled images, without importing torch.
+
+    Args:
+        spec: in the grammar above.
+        split: train, val or test.
+        image_size: side of generated pictures in pixels.
+        classes: names of the classes, by label; None for the source's own.
+
+    Raises:
+        DataError: one line that names what is wrong.
+    """
+    if spec.partition("?")[0] == "scenes":
+        return SceneObjects(open_dataset(spec, split, image_size=image_size), image_size)
+    skipped, paths = Skipped(), _shards(spec)
+    found: list[tuple[Any, str]] = []
+    for path in paths:
+        if not path.exists():
+            beside = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else ["scenes"]
+            raise DataError(f"data source not found: '{path}'{nearest(str(path), beside)}")
+        if path.is_dir():
+            found += _folder(path, split, skipped)
+        elif path.suffix == ".tar":
+            found += _tar(path, skipped)
+        else:
+            raise DataError(f"data source '{path}' has no labels; give scenes, a folder by class, or a .tar file")
+    source = ListedLabels(spec, split, skipped, found)
+    if classes is not None:
+        source.renamed(classes)
+    return source

@@ -1,0 +1,115 @@
+"""What fine-tuning minimises, for each task; every loss is a rank's share of the loss of the global batch.
+
+L = sum over this rank / (count over all ranks / ranks)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import fused_itc_loss, gather_texts
+from sycoca.losses import global_counts
+from train.tasks.heads import AnswerHead, LabelHead, answer_logits, label_logits
+from train.tasks.likelihood import text_labels
+from train.tasks.rows import AnswerRows
+
+Group = dist.ProcessGroup | None
+
+
+class Objective(nn.Module):
+    """A model, perhaps a classifier on it, and a loss.
+
+    Attributes:
+        names: of the values that `forward` gives, the loss to be differentiated first.
+    """
+
+    names: tuple[str, ...]
+
+    def __init__(self, model: nn.Module, head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model, self.head = model, head
+
+    def inputs(self, images: Tensor, rows: Tensor, ids: Tensor | None) -> tuple:
+        """What `forward` takes, from a batch of the loader."""
+        return images, rows, ids
+
+
+class Contrast(Objective):
+    """ITC between images and one caption of each."""
+
+    names = ("loss", "itc")
+
+    def forward(self, images: Tensor, tokens: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
+        texts = self.model.encode_text(tokens).features
+        if group is not None:
+            texts = gather_texts(texts, ids, group=group, counts=shares)
+        features = self.model.encode_image(images).features
+        loss = fused_itc_loss(features, texts, self.model.logit_scale(), ids=ids if group is None else None)
+        return loss, loss
+
+
+class Writing(Objective):
+    """Cross-entropy of captions; the whole image is seen."""
+
+    names = ("loss", "caption")
+
+    def forward(self, images: Tensor, tokens: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
+        loss = written_loss(self.model, images, tokens, torch.ones_like(tokens[:, 0]), group)
+        return loss, loss
+
+
+class AnswerWriting(Objective):
+    """Cross-entropy of the answer behind its question."""
+
+    names = ("loss", "answer")
+
+    def forward(self, images: Tensor, rows: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
+        loss = written_loss(self.model, images, rows[:, :-1], rows[:, -1], group)
+        return loss, loss
+
+
+class AnswerChoosing(Objective):
+    """Cross-entropy of the known answers against how well each agrees with the people asked."""
+
+    names = ("loss", "answer")
+    head: AnswerHead
+
+    def forward(self, images: Tensor, rows: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
+        questions, target = AnswerRows.decode(rows, self.head.linear.out_features)
+        patches = self.model.encode_image(images).patches
+        logits = answer_logits(self.model, self.head, patches, questions).float()
+        count = per_rank(target.sum(1).gt(0).sum(), group)
+        loss = -(target * logits.log_softmax(1)).sum() / count
+        return loss, loss
+
+
+class Labelling(Objective):
+    """Cross-entropy of image labels."""
+
+    names = ("loss", "label")
+    head: LabelHead
+
+    def forward(self, images: Tensor, rows: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
+        logits = label_logits(self.model, self.head, images).float()
+        count = per_rank(torch.tensor(len(rows), device=rows.device), group)
+        loss = F.cross_entropy(logits, rows[:, 0], reduction="sum") / count
+        return loss, loss
+
+
+def written_loss(model: Any, images: Tensor, tokens: Tensor, starts: Tensor, group: Group) -> Tensor:
+    """Cross-entropy of the tokens from `starts` (B,) to the first [EOT], all before them given."""
+    text = model.config.text
+    labels = text_labels(tokens, starts, text.eot_id)
+    count = per_rank((labels >= 0).sum(), group)
+    words = model.text.words(tokens)[:, :-1]
+    return model.caption_decoder(words, model.encode_image(images).patches, labels) / count
+
+
+def per_rank(count: Tensor, group: Group) -> Tensor:
+    """A count over all ranks, divided by their number."""
+    counts, world = global_counts(count[None], group)
+    return counts[0].clamp(min=1) / world

@@ -1,0 +1,97 @@
+"""What can be asked of a task, checked without importing torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from train.config import Section, require
+
+EVALUATED = ("retrieval", "captioning", "vqa", "choice", "pairs", "zeroshot", "probe", "classification")
+FINETUNED = ("retrieval", "captioning", "vqa", "classification")
+
+
+@dataclass(frozen=True)
+class TaskOptions(Section):
+    """Options of the tasks; each names the tasks that read it.
+
+    Attributes:
+        limit: images that are judged, at most; none judges all.
+        batch_size: images of a forward pass at evaluation.
+        examples: best, median and worst examples shown in the report, each.
+        beams, max_length, length_penalty: captioning, vqa by generation; as `sycoca.generate`.
+        java: captioning: METEOR and SPICE as well, through pycocoevalcap.
+        vqa: how a question is answered; auto takes what the model was fine-tuned for, else rank.
+        answers: vqa: frequent answers that are known to the classifier or ranked.
+        per_token: choice, pairs: likelihood over the number of tokens.
+        classes, templates: zeroshot, classification: the name of a known set, or a file with one a line.
+        probe_limit: probe: images that it is fitted to, at most.
+        scst: captioning: fine-tuning rewards CIDEr-D of drawn captions instead of cross-entropy.
+        samples: captioning with scst: captions drawn for each image.
+        temperature: captioning with scst: of the draws.
+        layer_decay: classification: factor on the learning rate from each layer of the image encoder to the one below.
+        named_head: classification: the classifier starts from the names of the classes instead of zeros.
+        seed: probe: of its validation part.
+    """
+
+    limit: int | None = 1000
+    batch_size: int = 64
+    examples: int = 3
+    beams: int = 3
+    max_length: int | None = None
+    length_penalty: float = 1.0
+    java: bool = False
+    vqa: Literal["auto", "classify", "generate", "rank"] = "auto"
+    answers: int = 3129
+    per_token: bool = False
+    classes: str | None = None
+    templates: str | None = None
+    probe_limit: int | None = 10_000
+    scst: bool = False
+    samples: int = 5
+    temperature: float = 1.0
+    layer_decay: float = 0.75
+    named_head: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size", "beams", "max_length", "answers", "probe_limit", "samples"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name}: {value}, needs at least 1")
+        require(self.examples >= 0, f"examples: {self.examples}, needs at least 0")
+        require(0 < self.layer_decay <= 1, f"layer_decay: {self.layer_decay}, needs to be above 0, at most 1")
+        require(0 < self.temperature < float("inf"), f"temperature: {self.temperature}, needs to be above 0")
+
+
+TASKS_OF_OPTIONS = {
+    "beams": ("captioning", "vqa"),
+    "length_penalty": ("captioning", "vqa"),
+    "max_length": ("captioning",),
+    "java": ("captioning",),
+    "vqa": ("vqa",),
+    "answers": ("vqa",),
+    "per_token": ("choice", "pairs"),
+    "classes": ("zeroshot", "probe", "classification"),
+    "templates": ("zeroshot", "classification"),
+    "probe_limit": ("probe",),
+    "seed": ("probe",),
+    "scst": ("captioning",),
+    "samples": ("captioning",),
+    "temperature": ("captioning",),
+    "layer_decay": ("classification",),
+    "named_head": ("classification",),
+}
+TRAINING_ONLY = frozenset(["scst", "samples", "temperature", "layer_decay", "named_head"])
+
+
+def check_task(task: str, known: tuple[str, ...], script: str) -> None:
+    """Raises ConfigError for a task that is not one of `known`."""
+    from sycoca.config import ConfigError, nearest
+
+    if task not in known:
+        raise ConfigError(f"{script}: no task '{task}'{nearest(task, known) or '; there are ' + ', '.join(known)}")
+
+
+def check_meant(task: str, given: set[str]) -> None:
+    """Raises ConfigError for an option that the task does not read."""
+    for name in sorted(given):
+        tasks = TASKS_OF_OPTIONS.get(name)
+        require(tasks is None or task in tasks, f"{name} belongs to {' and '.join(tasks or ())}, not to {task}")

@@ -1,0 +1,238 @@
+"""The parts of a fine-tuning: objective, parameter groups, batches, and the verdicts before and after."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from sycoca.config import ConfigError, to_dict
+from sycoca.model import parameter_groups
+from train.data import DataError, batches
+from train.tasks.class_names import templates
+from train.tasks.classification import name_features
+from train.tasks.facts import task_facts
+from train.tasks.heads import AnswerHead, Head, LabelHead, save_task
+from train.tasks.judge import judge, vqa_method
+from train.tasks.launch import FinetuneConfig, Tuning
+from train.tasks.objectives import AnswerChoosing, AnswerWriting, Contrast, Labelling, Objective, Writing
+from train.tasks.report import terminal_lines, write_results
+from train.tasks.rows import AnswerRows, LabelRows, ReferenceRows, WrittenRows
+from train.tasks.scst import SelfCritical, training_frequencies
+from train.tasks.vqa import frequent_answers
+
+_ANSWER_IMAGES = 20_000
+_FREQUENCY_IMAGES = 200_000
+_BLOCK = re.compile(r"model\.vision\.blocks\.(\d+)\.")
+
+
+class Plan(NamedTuple):
+    """What is trained, the loader's rows for it, and the source they come from; `names` are those of the classifier."""
+
+    objective: Objective
+    rows: Any
+    source: Any
+    names: tuple[str, ...]
+
+
+class AllCaptions:
+    """A caption source whose pairs hold all captions of the image, as JSON."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self.name, self.fresh, self.skipped = source.name, source.fresh, source.skipped
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def pair(self, index: int, pick: int) -> tuple[Any, str, str]:
+        sample = self._source[index]
+        return sample.image, json.dumps(sample.captions), sample.key
+
+
+def build_objective(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> Plan:
+    """What is trained; the same on every rank.
+
+    Raises:
+        DataError: the training questions have no answer to classify.
+    """
+    config, source = tuning.config, tuning.train
+    options = config.options
+    if config.task == "retrieval":
+        return Plan(Contrast(model), tokenizer, source, ())
+    if config.task == "captioning" and not options.scst:
+        return Plan(Writing(model), tokenizer, source, ())
+    if config.task == "captioning":
+        scorer = training_frequencies(_captions(source))
+        drawn = SelfCritical(model, tokenizer, scorer, samples=options.samples, temperature=options.temperature)
+        return Plan(drawn, ReferenceRows(), AllCaptions(source), ())
+    if config.task == "vqa" and options.vqa == "generate":
+        return Plan(AnswerWriting(model), WrittenRows(tokenizer), source, ())
+    if config.task == "vqa":
+        names = frequent_answers(source, options.answers, _ANSWER_IMAGES)
+        if not names:
+            raise DataError(f"data.train={config.data.train}: no question has an answer")
+        head = AnswerHead(model.config.text.width, len(names)).to(device)
+        return Plan(AnswerChoosing(model, head), AnswerRows(tokenizer, names), source, names)
+    scale, weight = float(model.logit_scale()), None
+    if options.named_head and model.config.learns("itc"):
+        sentences = templates(options.templates, source.classes)
+        weight = name_features(
+            model, tokenizer, source.classes, sentences, batch_size=options.batch_size, device=device
+        )
+    head = LabelHead(model.config.embed_dim, len(source.classes), scale, weight).to(device)
+    return Plan(Labelling(model, head), LabelRows(), source, source.classes)
+
+
+def _captions(source: Any) -> Iterator[tuple[str, ...]]:
+    """All captions of each image, without the images where the source knows a way."""
+    for index in range(min(len(source), _FREQUENCY_IMAGES)):
+        if hasattr(source, "captions"):
+            yield source.captions(index)
+        else:
+            yield source[index].captions
+
+
+def training_groups(objective: Objective, config: FinetuneConfig) -> list[dict]:
+    """Parameter groups; for classification those of the image side alone, slower layer by layer towards the pixels.
+
+    A block's rate is the peak's times `layer_decay` to the power of its distance from the classifier; what the
+    objective does not train needs no gradient.
+    """
+    grouped = parameter_groups(objective.model, config.optimizer.weight_decay)
+    if objective.head is not None:
+        plain = [p for p in objective.head.parameters() if p.ndim < 2]
+        grouped[0]["params"] += [p for p in objective.head.parameters() if p.ndim >= 2]
+        grouped[1]["params"] += plain
+    if config.task != "classification":
+        return [group for group in grouped if group["params"]]
+    depth = len(objective.model.vision.blocks)
+    layer = {id(p): _layer(name, depth) for name, p in objective.named_parameters()}
+    split = []
+    for group in grouped:
+        for place in sorted({layer[id(p)] for p in group["params"]} - {None}):
+            params = [p for p in group["params"] if layer[id(p)] == place]
+            scale = config.options.layer_decay ** (depth + 1 - place)
+            split.append({**group, "name": f"{group['name']}_{place}", "params": params, "lr_scale": scale})
+    trained = {id(p) for group in split for p in group["params"]}
+    for parameter in objective.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    return split
+
+
+def _layer(name: str, depth: int) -> int | None:
+    """Distance of a parameter from the pixels, 0 to depth + 1; None where a classifier does not depend on it."""
+    if block := _BLOCK.match(name):
+        return int(block[1]) + 1
+    if name.startswith(("model.vision.embed", "model.vision.sequence", "model.vision.ln_pre")):
+        return 0
+    return depth + 1 if name.startswith(("head.", "model.vision.", "model.image_projection")) else None
+
+
+def tuning_batches(tuning: Tuning, plan: Plan, first: int, *, rank: int, world: int, device: Any) -> Iterator[tuple]:
+    """Images, rows and ids on the device, from the global batch number `first` on."""
+    config, model = tuning.config, plan.objective.model.config
+    global_batch = config.train.micro_batch * world
+    epoch, start = divmod(first, len(plan.source) // global_batch)
+    loader = batches(
+        plan.source,
+        plan.rows,
+        global_batch=global_batch,
+        image_size=model.vision.image_size,
+        context_length=model.text.context_length,
+        seed=config.train.seed,
+        rank=rank,
+        world=world,
+        epoch=epoch,
+        start=start,
+        workers=config.data.workers,
+        crop_scale=config.data.crop_scale,
+    )
+    loader.skipped = tuning.train.skipped
+    for loaded in loader:
+        ids = None if plan.source.fresh else loaded.ids.to(device, non_blocking=True)
+        yield loaded.images.to(device, non_blocking=True), loaded.tokens.to(device, non_blocking=True), ids
+
+
+def judge_untuned(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> None:
+    """Writes what the model reaches as it is: zero-shot, or as an earlier fine-tuning left it."""
+    config = tuning.config
+    facts = task_facts(Path(config.model))
+    task = "zeroshot" if config.task == "classification" else config.task
+    if task == "zeroshot" and not model.config.learns("itc"):
+        return
+    method = vqa_method("auto", facts)
+    how: dict[str, Any] = {"method": "rank" if method == "classify" else method}
+    if task == "vqa":
+        how["train"] = tuning.train
+    found = judge(task, model, tokenizer, tuning.val, options=config.options, device=device, **how)
+    _write(tuning, "before", found, {})
+
+
+def judge_tuned(tuning: Tuning, plan: Plan, tokenizer: Any, device: Any, *, step: int) -> None:
+    """Leaves the tuned model in the run's folder, judges it, and shows it beside what it was."""
+    from sycoca.hub import load_pretrained
+    from train.export import consolidated
+
+    config, folder = tuning.config, tuning.run_dir / "model"
+    state = consolidated(tuning.run_dir / "checkpoints" / f"step_{step:08d}")
+    model = load_pretrained(config.model, device="cpu").model
+    head = _load(model, plan, state)
+    model.save_pretrained(folder, tokenizer=tokenizer)
+    method = config.options.vqa if config.task == "vqa" else ""
+    save_task(folder, config.task, {"method": method, "from": config.model}, head)
+    found = judge(
+        config.task,
+        model.to(device).eval(),
+        tokenizer,
+        tuning.val,
+        options=config.options,
+        device=device,
+        head=head,
+        method=method,
+        train=tuning.train,
+    )
+    before = tuning.run_dir / "before.json"
+    earlier = json.loads(before.read_text(encoding="utf-8"))["headline"] if before.is_file() else {}
+    _write(tuning, "after", found, earlier)
+    if found.skipped:
+        print(found.skipped.line())
+    was = found.outcome._replace(headline=earlier)
+    print("\n".join(terminal_lines(found.outcome, was, ("before", "after"))))
+    print(f"left in {tuning.run_dir}: {', '.join(sorted(p.name for p in tuning.run_dir.iterdir()))}", flush=True)
+
+
+def _load(model: nn.Module, plan: Plan, state: dict[str, Tensor]) -> Head | None:
+    """Puts the trained parameters into a fresh model and into the classifier."""
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "head": {}}
+    for name, tensor in state.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    missing, unexpected = model.load_state_dict(parts["model"], strict=False)
+    if unexpected or set(missing) & {name for name, _ in model.named_parameters()}:
+        raise ConfigError(f"the checkpoint lacks {', '.join(missing[:3])} or has {', '.join(unexpected[:3])}")
+    if plan.objective.head is None:
+        return None
+    head: Callable | nn.Module = plan.objective.head
+    if isinstance(head, LabelHead):
+        module: nn.Module = LabelHead(model.config.embed_dim, len(plan.names), float(head.scale))
+    else:
+        module = AnswerHead(model.config.text.width, len(plan.names))
+    module.load_state_dict({**module.state_dict(), **parts["head"]})
+    return Head(module.eval().to(head.linear.weight.device), plan.names)
+
+
+def _write(tuning: Tuning, name: str, found: Any, before: dict[str, float]) -> None:
+    config = tuning.config
+    facts = {
+        "model": config.model,
+        "data": config.data.val or config.data.train,
+        "headline": found.outcome.headline,
+        "before": before,
+        "options": to_dict(config.options),
+        "left_out": found.skipped.counts(),
+        "seconds": round(found.seconds, 3),
+    }
+    write_results(tuning.run_dir, name, found.outcome, facts, tuning.val, config.options.examples)
