@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,21 @@ def command(checkout):
         return Done(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def main_job(command, checkout):
+    """The command on the README's first page: its run's folder, what it left behind, when it started."""
+    started = time.time()
+    done = command("deepspeed train/pretrain.py --config ds_zero2.json", timeout_s=900)
+    assert done.code == 0, done.err[-3000:]
+    return checkout / "runs" / "tiny", done, started
+
+
+@pytest.fixture(scope="session")
+def pretrained(main_job, tmp_path_factory) -> Path:
+    """The model that the main job left, out of reach of what other tests do to its run."""
+    return Path(shutil.copytree(main_job[0] / "model", tmp_path_factory.mktemp("pretrained") / "model"))
 
 
 def free_port() -> int:

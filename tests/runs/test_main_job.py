@@ -2,21 +2,12 @@
 
 import json
 import re
-import time
 
 import pytest
 
 from tests.runs.conftest import metric_rows
 
 pytestmark = pytest.mark.run
-
-
-@pytest.fixture(scope="module")
-def main_job(command, checkout):
-    started = time.time()
-    done = command("deepspeed train/pretrain.py --config ds_zero2.json", timeout_s=900)
-    assert done.code == 0, done.err[-3000:]
-    return checkout / "runs" / "tiny", done, started
 
 
 def test_leaves_what_the_readme_says(main_job):

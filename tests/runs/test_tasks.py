@@ -1,0 +1,66 @@
+"""All tasks on the built-in scenes, as whole commands: fine-tuning improves on what pre-training left."""
+
+import json
+import time
+
+import pytest
+
+pytestmark = pytest.mark.run
+# Seconds of both cores that all tasks together may take.
+BAR_S = 90
+LEFT = ("before.json", "after.json", "after.html", "config.json", "metrics.jsonl", "model/model.safetensors")
+JUDGED = {"retrieval": "mTR", "captioning": "CIDEr-D", "vqa": "accuracy", "classification": "top-1"}
+
+
+@pytest.fixture(scope="module")
+def spent():
+    return []
+
+
+@pytest.fixture(scope="module")
+def tune(command, checkout, pretrained, spent):
+    def run(task: str, *more: str) -> tuple:
+        started = time.perf_counter()
+        folder = checkout / "runs" / f"tuned-{task}"
+        done = command(
+            f"deepspeed train/finetune.py {task} --config ds_zero2.json --model {pretrained} --run-dir {folder} "
+            + " ".join(more)
+        )
+        spent.append(time.perf_counter() - started)
+        assert done.code == 0, done.err[-3000:]
+        return folder, done
+
+    return run
+
+
+@pytest.mark.parametrize("task", JUDGED)
+def test_fine_tuning_improves(task, tune):
+    folder, done = tune(task)
+    for name in LEFT:
+        assert (folder / name).stat().st_size > 0, name
+    before, after = (json.loads((folder / f"{name}.json").read_text())["headline"] for name in ("before", "after"))
+    print(done.out[-1500:])
+    assert after[JUDGED[task]] > before[JUDGED[task]]
+    if task == "retrieval":
+        assert after["mIR"] > before["mIR"]
+    assert "Traceback" not in done.err and "best" in (folder / "after.html").read_text()
+
+
+def test_zero_shot_and_a_tuned_classifier_are_judged_again(command, checkout, pretrained, spent):
+    started = time.perf_counter()
+    done = command(f"python train/evaluate.py zeroshot --model {pretrained} --out {checkout}/runs/judged limit=256")
+    assert done.code == 0, done.err[-3000:]
+    found = json.loads((checkout / "runs" / "judged" / "zeroshot-scenes-val.json").read_text())
+    assert found["results"]["top-1"] > 3 * found["results"]["chance"]
+    tuned = checkout / "runs" / "tuned-classification"
+    done = command(f"python train/evaluate.py classification --model {tuned} limit=256")
+    spent.append(time.perf_counter() - started)
+    assert done.code == 0, done.err[-3000:]
+    again = json.loads((tuned / "classification-scenes-val.json").read_text())["results"]
+    before = json.loads((tuned / "after.json").read_text())["results"]
+    assert again["top-1"] == before["top-1"]
+
+
+def test_all_of_it_stays_within_its_time(spent):
+    print([round(seconds, 1) for seconds in spent])
+    assert len(spent) == 5 and sum(spent) <= BAR_S
