@@ -58,7 +58,9 @@ class Writing(Objective):
     names = ("loss", "caption")
 
     def forward(self, images: Tensor, tokens: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
-        loss = written_loss(self.model, images, tokens, torch.ones_like(tokens[:, 0]), group)
+        labels, count = _labels(self.model, tokens, torch.ones_like(tokens[:, 0]), group)
+        words, patches = self.model.text.words(tokens)[:, :-1], self.model.encode_image(images).patches
+        loss = self.model.caption_decoder(words, patches, labels) / count
         return loss, loss
 
 
@@ -68,7 +70,11 @@ class AnswerWriting(Objective):
     names = ("loss", "answer")
 
     def forward(self, images: Tensor, rows: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
-        loss = written_loss(self.model, images, rows[:, :-1], rows[:, -1], group)
+        tokens, decoder = rows[:, :-1], self.model.caption_decoder
+        labels, count = _labels(self.model, tokens, rows[:, -1], group)
+        words, patches = self.model.text.words(tokens)[:, :-1], self.model.encode_image(images).patches
+        # The decoder's own loss would not see the words that have no label, and the question is such.
+        loss = decoder.head(decoder.states(words, patches), labels) / count
         return loss, loss
 
 
@@ -100,13 +106,10 @@ class Labelling(Objective):
         return loss, loss
 
 
-def written_loss(model: Any, images: Tensor, tokens: Tensor, starts: Tensor, group: Group) -> Tensor:
-    """Cross-entropy of the tokens from `starts` (B,) to the first [EOT], all before them given."""
-    text = model.config.text
-    labels = text_labels(tokens, starts, text.eot_id)
-    count = per_rank((labels >= 0).sum(), group)
-    words = model.text.words(tokens)[:, :-1]
-    return model.caption_decoder(words, model.encode_image(images).patches, labels) / count
+def _labels(model: Any, tokens: Tensor, starts: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """Labels (B, T - 1) from `starts` (B,) to the first [EOT], and their number per rank."""
+    labels = text_labels(tokens, starts, model.config.text.eot_id)
+    return labels, per_rank((labels >= 0).sum(), group)
 
 
 def per_rank(count: Tensor, group: Group) -> Tensor:
