@@ -22,7 +22,7 @@ from train.run_folder import check_writable
 from train.tasks.class_names import class_names, templates
 from train.tasks.facts import model_folder, model_settings, task_facts
 from train.tasks.options import EVALUATED, TRAINING_ONLY, TaskOptions, check_meant, check_task
-from train.tasks.sources import open_source
+from train.tasks.sources import holds_out, open_source
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> Evaluation:
     p.add_argument("task", help=f"one of {', '.join(EVALUATED)}")
     p.add_argument("--model", help="folder of a model or of a run; the newest run without it")
     p.add_argument("--data", default="scenes", help="what is judged on, as the task's own sources are written")
-    p.add_argument("--split", default="val", help="train, val or test, where the source has several")
+    p.add_argument("--split", default="val", help="train, val, test, or all of a table")
     p.add_argument("--train", help="labelled images that a probe is fitted to; the source's training part without it")
     p.add_argument("--out", type=Path, help="folder of the results; the model's own without it")
     p.add_argument("options", nargs="*", metavar="key=value", help="options of the task, such as limit=500 or beams=5")
@@ -86,9 +86,11 @@ def parse(argv: list[str]) -> Evaluation:
     size = settings["image_size"]
     if options.templates is not None:
         templates(options.templates, classes or ())
-    source = open_source(args.task, args.data, args.split, image_size=size, classes=classes, whole=True)
+    source = open_source(args.task, args.data, args.split, image_size=size, classes=classes)
     train = None
     if args.task == "probe":
+        if args.train is None and not holds_out("probe", args.data):
+            raise ConfigError(f"--data {args.data}: probe needs --train as well, the images that it is fitted to")
         train = open_source("probe", args.train or args.data, "train", image_size=size, classes=source.classes)
     elif args.task == "vqa" and args.data.partition("?")[0] == "scenes":
         train = open_source("vqa", args.data, "train", image_size=size)

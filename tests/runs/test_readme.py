@@ -29,6 +29,8 @@ COMMANDS = {
         "train.steps=2", ""
     ),
     "deepspeed train/pretrain.py --config ds_zero2.json --resume --run-dir runs/tiny": "two steps more",
+    "python train/evaluate.py zeroshot": None,  # tests/runs/test_tasks.py
+    "deepspeed train/finetune.py retrieval --config ds_zero2.json": None,  # tests/runs/test_tasks.py
     "pytest bench/ --benchmark-only": None,  # tests/runs/test_bench.py
 }
 

@@ -92,7 +92,9 @@ def judge(
         case "classification":
             outcome = classification.evaluate_classifier(model, source, head, **how)
         case "vqa":
-            candidates = vqa.frequent_answers(train or source, options.answers, _ANSWER_IMAGES)
+            candidates = ()
+            if method == "rank":
+                candidates = vqa.frequent_answers(train or source, options.ranked, _ANSWER_IMAGES)
             how |= {"method": method, "head": head, "candidates": candidates}
             outcome = vqa.evaluate(model, tokenizer, source, **how)
     return Judged(outcome, skipped, time.perf_counter() - started)

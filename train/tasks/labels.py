@@ -21,7 +21,7 @@ from train.tasks.annotations import require_some
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_VAL_NAMES = {"train": ("train",), "val": ("val", "valid", "validation", "test"), "test": ("test", "val")}
+_SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation", "test"), "test": ("test", "val")}
 
 
 class LabelSource(Source):
@@ -116,8 +116,13 @@ def _member(where: tuple[str, int, int, str]) -> bytes:
         return file.read(size)
 
 
+def has_split(path: Path, split: str) -> bool:
+    """Whether a folder holds a folder for a split."""
+    return any((path / name).is_dir() for name in _SPLIT_NAMES[split])
+
+
 def _folder(path: Path, split: str, skipped: Skipped) -> list[tuple[str, str]]:
-    root = next((path / name for name in _VAL_NAMES[split] if (path / name).is_dir()), path)
+    root = next((path / name for name in _SPLIT_NAMES[split] if (path / name).is_dir()), path)
     found = []
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
         for file in sorted(os.listdir(folder)):

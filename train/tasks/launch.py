@@ -21,7 +21,7 @@ from train.run_folder import check_writable, checkpoint_steps, free_run_dir, rea
 from train.tasks.class_names import class_names, templates
 from train.tasks.facts import model_folder, model_settings
 from train.tasks.options import FINETUNED, TaskOptions, check_meant, check_task
-from train.tasks.sources import open_source
+from train.tasks.sources import holds_out, open_source
 
 _LENGTH = frozenset(["train.steps", "train.epochs", "train.log_every", "train.save_every", "train.keep_last"])
 
@@ -201,6 +201,8 @@ def _open(config: FinetuneConfig, world: int) -> tuple[Source, Source]:
         from train.tasks.coco_java import require_java
 
         require_java()
+    if data.val is None and not holds_out(config.task, data.train):
+        raise ConfigError(f"data.train={data.train}: holds nothing out; give --val as well, what is judged on")
     size, apart = settings["image_size"], data.val is not None
     train = open_source(config.task, data.train, "train", image_size=size, classes=classes, whole=apart)
     known = train.classes if config.task == "classification" else None
@@ -211,6 +213,4 @@ def _open(config: FinetuneConfig, world: int) -> tuple[Source, Source]:
             f"data.train={data.train}: {len(train)} samples do not fill a batch of train.micro_batch "
             f"{config.train.micro_batch} x {world} rank(s)"
         )
-    if config.data.val is None and config.data.train == val.name and val.split == "val" and len(val) == 0:
-        raise DataError(f"data.train={data.train}: nothing is held out; give --val")
     return train, val

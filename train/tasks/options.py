@@ -20,7 +20,8 @@ class TaskOptions(Section):
         beams, max_length, length_penalty: captioning, vqa by generation; as `sycoca.generate`.
         java: captioning: METEOR and SPICE as well, through pycocoevalcap.
         vqa: how a question is answered; auto takes what the model was fine-tuned for, else rank.
-        answers: vqa: frequent answers that are known to the classifier or ranked.
+        answers: vqa: frequent answers that the classifier knows.
+        ranked: vqa by rank: frequent answers that are compared.
         per_token: choice, pairs: likelihood over the number of tokens.
         classes, templates: zeroshot, classification: the name of a known set, or a file with one a line.
         probe_limit: probe: images that it is fitted to, at most.
@@ -32,7 +33,7 @@ class TaskOptions(Section):
         seed: probe: of its validation part.
     """
 
-    limit: int | None = 1000
+    limit: int | None = None
     batch_size: int = 64
     examples: int = 3
     beams: int = 3
@@ -41,6 +42,7 @@ class TaskOptions(Section):
     java: bool = False
     vqa: Literal["auto", "classify", "generate", "rank"] = "auto"
     answers: int = 3129
+    ranked: int = 100
     per_token: bool = False
     classes: str | None = None
     templates: str | None = None
@@ -53,7 +55,7 @@ class TaskOptions(Section):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("limit", "batch_size", "beams", "max_length", "answers", "probe_limit", "samples"):
+        for name in ("limit", "batch_size", "beams", "max_length", "answers", "ranked", "probe_limit", "samples"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}: {value}, needs at least 1")
         require(self.examples >= 0, f"examples: {self.examples}, needs at least 0")
@@ -68,6 +70,7 @@ TASKS_OF_OPTIONS = {
     "java": ("captioning",),
     "vqa": ("vqa",),
     "answers": ("vqa",),
+    "ranked": ("vqa",),
     "per_token": ("choice", "pairs"),
     "classes": ("zeroshot", "probe", "classification"),
     "templates": ("zeroshot", "classification"),

@@ -1,12 +1,13 @@
 """The source that a task reads, opened and checked without importing torch."""
 
+from pathlib import Path
 from typing import Any
 
 from train.data import DataError, Source, open_dataset
 from train.data.sample import Skipped
 from train.tasks.annotations import Pictures, complete, listed, parse_annotations, read_json, require_some
 from train.tasks.choices import open_choices, open_pairs
-from train.tasks.labels import open_labels
+from train.tasks.labels import has_split, open_labels
 from train.tasks.questions import open_questions
 
 _NOCAPS = {"nocaps": ("images",)}
@@ -69,6 +70,15 @@ class NoCaps(Source):
             yield from captions
 
 
+def holds_out(task: str, spec: str) -> bool:
+    """Whether a source knows a validation part of its own, so that training and judging on it are apart."""
+    if spec.partition("?")[0] == "scenes":
+        return True
+    if task in ("retrieval", "captioning"):
+        return not spec.startswith("nocaps:")
+    return task in ("classification", "probe") and has_split(Path(spec).expanduser(), "val")
+
+
 def open_source(
     task: str, spec: str, split: str, *, image_size: int, classes: tuple[str, ...] | None = None, whole: bool = False
 ) -> Source:
@@ -77,7 +87,7 @@ def open_source(
     Args:
         task: its name.
         spec: of the source, in the task's own grammar.
-        split: train, val or test.
+        split: train, val or test; all is val, and the whole of a table without a column `split`.
         image_size: side of generated pictures in pixels.
         classes: of labelled images; None for the source's own.
         whole: a table without a column `split` is used whole.
@@ -85,8 +95,10 @@ def open_source(
     Raises:
         DataError: one line that names what is wrong.
     """
-    if split not in ("train", "val", "test"):
-        raise DataError(f"no split {split!r}; there are train, val and test")
+    if split not in ("train", "val", "test", "all"):
+        raise DataError(f"no split {split!r}; there are train, val, test and all")
+    if split == "all":
+        split, whole = "val", True
     if task in ("retrieval", "captioning"):
         named = parse_annotations(spec, _NOCAPS)
         if named is not None:
