@@ -145,6 +145,7 @@ def _shards(spec: str) -> list[Path]:
 def _tar(path: Path, skipped: Skipped) -> list[tuple[Any, str]]:
     images: dict[str, tuple[str, int, int, str]] = {}
     labels: dict[str, str] = {}
+    whole = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -154,6 +155,9 @@ def _tar(path: Path, skipped: Skipped) -> list[tuple[Any, str]]:
                 if ending.lower() in _IMAGES:
                     if stem in images:
                         skipped.row("duplicate key", f"{path.name}:{stem}")
+                        continue
+                    if member.offset_data + member.size > whole:
+                        skipped.row("tar file ends early", f"{path.name}:{member.name}")
                         continue
                     images[stem] = (str(path), member.offset_data, member.size, member.name)
                 elif ending.lower() == ".cls":

@@ -83,7 +83,8 @@ def defaults(task: str, model: str, has_cuda: bool) -> FinetuneConfig:
         train = TrainConfig(steps=steps, micro_batch=32, log_every=20, save_every=1000, keep_last=1)
         data, schedule = TuningData(), ScheduleConfig(name="linear", warmup_steps=10)
         optimizer = OptimizerConfig(lr=lr, weight_decay=0.05)
-    options = TaskOptions() if has_cuda else TaskOptions(limit=256, beams=1)
+    # Ranking answers costs a forward pass for each of them.
+    options = TaskOptions() if has_cuda else TaskOptions(limit=48 if task == "vqa" else 256, beams=1)
     return FinetuneConfig(task, model, optimizer, schedule, data, train, options)
 
 

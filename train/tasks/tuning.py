@@ -76,7 +76,7 @@ def build_objective(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> 
             raise DataError(f"data.train={config.data.train}: no question has an answer")
         head = AnswerHead(model.config.text.width, len(names)).to(device)
         return Plan(AnswerChoosing(model, head), AnswerRows(tokenizer, names), source, names)
-    scale, weight = float(model.logit_scale()), None
+    scale, weight = model.logit_scale().item(), None
     if options.named_head and model.config.learns("itc"):
         sentences = templates(options.templates, source.classes)
         weight = name_features(
