@@ -3,6 +3,7 @@
 # make test-runs   whole commands: the main job, resume, what the README shows
 # make test-full   every documented command at full length
 # make check       style
+# make docs        the site, into site/
 # make bench       benchmarks at the sizes of this machine
 # make gpu-test, gpu-bench   on a machine with a CUDA device and its own environment: tests, then every measurement
 
@@ -14,7 +15,7 @@ SECOND_TRITON := 3.6.0
 export TRITON_ALT := $(CURDIR)/$(VENV)/triton-$(SECOND_TRITON)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train test test-runs test-full check bench gpu-test gpu-bench clean
+.PHONY: setup train test test-runs test-full check docs bench gpu-test gpu-bench clean
 
 train: $(VENV)/.ready
 	deepspeed train/pretrain.py --config ds_zero2.json
@@ -32,6 +33,9 @@ test-full: $(VENV)/.ready $(VENV)/.triton
 check: $(VENV)/.ready
 	ruff check .
 	ruff format --check .
+
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 
 bench: $(VENV)/.ready
 	python -m pytest bench/ --benchmark-only
@@ -57,4 +61,4 @@ $(VENV)/.triton: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .benchmarks

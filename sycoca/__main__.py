@@ -7,6 +7,7 @@ import argparse
 import importlib
 import os
 import sys
+import textwrap
 import typing
 
 from sycoca.commands.inputs import UserError
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=module.SUMMARY,
-            description=module.__doc__,
+            description=textwrap.fill(" ".join(module.__doc__.split()), 80),
             epilog=module.EXAMPLES,
             allow_abbrev=False,
             formatter_class=form,
@@ -73,13 +74,18 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr, flush=True)
-        return 130
     except BrokenPipeError:
         # The reader of a pipe (head, less) has seen enough; what is buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except OSError as error:
+        # A full disk, a folder that refuses: nothing that a traceback would explain better.
+        told = f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else str(error)
+        print(f"error: {told}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr, flush=True)
+        return 130
 
 
 def _require_our_kernels() -> None:

@@ -33,12 +33,13 @@ _STYLE = """
 .word:hover, .word:focus-visible, .word[aria-pressed=true] { border-color: var(--accent); color: var(--accent); }
 .words > .ramp, .words > .ends { max-width: 16rem; } .words > .ends { margin-bottom: .6rem; }
 .large { display: grid; gap: 1.2rem; grid-template-columns: minmax(0, 26rem) minmax(0, 1fr); margin-top: .6rem; }
+.large .grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 9.5rem), 1fr)); align-content: start; }
 @media (max-width: 50rem) { .large { grid-template-columns: 1fr; } }
 """
 
 _SCRIPT = """
 for (const article of document.querySelectorAll("article")) {
-  const layer = article.querySelector("[data-layer]"), told = article.querySelector("[data-told]");
+  const layer = article.querySelector("[data-layer]"), told = article.querySelector(".told");
   if (!layer) continue;
   const ends = article.querySelector(".ends"), wordEnds = article.querySelector(".words .ends");
   const rest = { uri: layer.src, told: told.textContent, ends: ends.innerHTML };
@@ -127,7 +128,7 @@ def _main(view: "View") -> str:
     low, high = _range(values)
     shown = stack((None, "grey"), (cells_uri(heat(values, low, high)), "cells"), alt="the image, scores over it")
     shown = shown.replace('class="cells"', 'class="cells" data-layer', 1)
-    return figure(f"{shown}{_legend(low, high)}", f"<span data-told>{text(told)}</span>")
+    return figure(f"{shown}{_legend(low, high)}", f'<span class="told">{text(told)}</span>')
 
 
 def _panels(view: "View") -> str:

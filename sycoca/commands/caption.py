@@ -99,7 +99,9 @@ def _write(path: str, captions: list[str], as_json: bool) -> None:
         said = {"caption": captions[0]} if len(captions) == 1 else {"captions": captions}
         print(json.dumps({"path": path} | said, ensure_ascii=not path.isprintable()), flush=True)
         return
-    safe = path.encode("utf-8", "surrogateescape")
+    # Bytes that are no text stay what they are; a line and a tab must not come from the path.
+    escaped = "".join(c if c >= " " else c.encode("unicode_escape").decode() for c in path)
+    safe = escaped.encode("utf-8", "surrogateescape")
     for caption in captions:
         sys.stdout.flush()
         sys.stdout.buffer.write(safe + b"\t" + caption.encode() + b"\n")

@@ -13,7 +13,19 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("kernels", "sycoca", "train", "bench", "tests", "docs", "setup.py", "pyproject.toml", "README.md", "Makefile")
+ROOMS = (
+    "kernels",
+    "sycoca",
+    "train",
+    "bench",
+    "tests",
+    "docs",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "Makefile",
+    "mkdocs.yml",
+)
 
 
 class Done(NamedTuple):
