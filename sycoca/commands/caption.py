@@ -1,4 +1,4 @@
-"""Writes captions of images, one line each: path, tab, caption. Images that cannot be read are told of and skipped."""
+"""Writes captions of images, a line each: path, tab, caption. Images that cannot be read are told of and skipped."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ _SAMPLING = ("top_k", "top_p", "seed")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, globs, or - for a list of paths")
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object a line: path and caption, or path and captions"
+        "--json", action="store_true", help="one JSON object a line: path, caption, score (log-probability)"
     )
     group = parser.add_argument_group("generation; greedy unless beams or a temperature are given")
     group.add_argument("--max-length", type=whole(2), metavar="N", help="most tokens, start and end included")
@@ -68,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
     if inputs.are_texts(paths, "IMAGES"):
         raise UserError(f"IMAGES: {paths[0]} is a text file")
     loaded = load(args)
-    model, each = loaded.model, options.get("num_return", 1)
+    model = loaded.model
     if model.caption_decoder is None:
         raise UserError("--model: it was built without captioning")
 
-    from sycoca.generate import generate
+    from sycoca.generate import generate_scored
 
     device = next(model.parameters()).device
     skipped, watch, used = inputs.Skipped(say), Stopwatch(), 0
@@ -83,26 +83,33 @@ def run(args: argparse.Namespace) -> int:
             # Every batch draws its own numbers, whatever came before it.
             options["seed"] = args.seed + used
         try:
-            captions = generate(model, loaded.tokenizer, images, **options)
+            captions = generate_scored(model, loaded.tokenizer, _seen(model, images), **options)
         except ValueError as error:
             raise UserError(str(error)) from None
-        for i, name in enumerate(names):
-            _write(name, captions[i * each : (i + 1) * each], args.json)
+        for name, said in zip(names, captions):
+            _write(name, said, args.json)
         used += len(batch)
     if used > 1:
         say(f"captioned {watch.rate(used, 'image')}")
     return finish(skipped, used, "image")
 
 
-def _write(path: str, captions: list[str], as_json: bool) -> None:
-    if as_json:
-        said = {"caption": captions[0]} if len(captions) == 1 else {"captions": captions}
-        print(json.dumps({"path": path} | said, ensure_ascii=not path.isprintable()), flush=True)
-        return
+def _seen(model: Any, images: Any) -> Any:
+    import torch
+
+    with torch.inference_mode():
+        return model.encode_image(images)
+
+
+def _write(path: str, captions: list[Any], as_json: bool) -> None:
+    """One line for each caption."""
     # Bytes that are no text stay what they are; a line and a tab must not come from the path.
     escaped = "".join(c if c >= " " else c.encode("unicode_escape").decode() for c in path)
     safe = escaped.encode("utf-8", "surrogateescape")
+    sys.stdout.flush()
     for caption in captions:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(safe + b"\t" + caption.encode() + b"\n")
+        row = {"path": path, "caption": caption.text, "score": round(caption.score, 4)}
+        line = json.dumps(row, ensure_ascii=not path.isprintable()).encode() if as_json else None
+        sys.stdout.buffer.write(line or safe + b"\t" + caption.text.encode())
+        sys.stdout.buffer.write(b"\n")
     sys.stdout.buffer.flush()
