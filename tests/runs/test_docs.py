@@ -7,6 +7,7 @@ the import of torch; that these commands run as processes is held by tests/sycoc
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +17,22 @@ import pytest
 from tests.runs.test_readme import COMMANDS, ROOT
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-# Commands of the site that are no command of the README; None: shown by what is named beside it.
-ELSEWHERE = {
+BRIEF = " train.steps=2 micro_batch=4 limit=8 warmup_steps=1"
+# Commands of the site that are no command of the README -> what makes them short; None: as the comment says.
+ELSEWHERE: dict[str, str | None] = {
+    "deepspeed train/finetune.py captioning --config ds_zero2.json --model runs/tiny --run-dir runs/captioning": BRIEF,
+    "deepspeed train/finetune.py captioning --config ds_zero2.json --model runs/tiny --data captions.tsv": BRIEF,
+    "deepspeed train/finetune.py captioning --config ds_zero2.json --model runs/captioning --run-dir runs/scst"
+    " scst=true": BRIEF,
+    "python train/evaluate.py captioning --model runs/captioning": " limit=8",
     "deepspeed --hostfile hosts train/pretrain.py --config ds_zero2.json --preset base_16 --data /shared/captions.tsv"
     " --run-dir /shared/runs/base": None,  # needs two machines; the page says that it has not been run
     # likewise
     "torchrun --nnodes 2 --node_rank 0 --nproc_per_node 8 --master_addr node1 --master_port 29500 train/pretrain.py"
     " --config ds_zero2.json --preset base_16 --data /shared/captions.tsv --run-dir /shared/runs/base": None,
 }
+# What the page of fine-tuning makes is not there when the pages are run.
+LATER = "python -m sycoca caption photos/ --model runs/captioning"
 OURS = "python -m sycoca "
 RUNNER = """
 import json, shlex, sys
@@ -97,7 +106,7 @@ def test_what_the_pages_show_runs(place):
             if language == "python" and re.match(r"import|from", block):
                 steps.append((page.name, "python", block))
             elif language == "bash":
-                lines = [line.split(" #")[0] for line in block.splitlines() if line.startswith(OURS)]
+                lines = [line.split(" #")[0] for line in block.splitlines() if line.startswith(OURS) and line != LATER]
                 steps += [(page.name, "shell", line) for line in lines]
     (place / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
     done = subprocess.run(
@@ -110,6 +119,22 @@ def test_what_the_pages_show_runs(place):
     )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     assert sum(kind != "page" for _, kind, _ in steps) > 15
+
+
+@pytest.mark.full
+def test_fine_tuning_as_its_page_shows_it(place, command, checkout):
+    rows = [f"{number}.jpg\ta picture of number {number}\t{'val' if number > 2 else 'train'}" for number in range(4)]
+    for number in range(4):
+        shutil.copy(place / "photos" / f"{number}.jpg", place)
+    (place / "captions.tsv").write_text("\n".join(["image\tcaption\tsplit", *rows]) + "\n", encoding="utf-8")
+    for line, added in ELSEWHERE.items():
+        if added is not None:
+            line = line.replace("train/", f"{checkout}/train/") + added.replace(
+                "=4", "=2" if "captions.tsv" in line else "=4"
+            )
+            done = command(line, cwd=place)
+            assert done.code == 0, done.out[-1500:] + done.err[-3000:]
+    assert command(LATER, cwd=place, env={"PYTHONPATH": str(checkout)}).code == 0
 
 
 @pytest.mark.run
