@@ -17,7 +17,7 @@ import pytest
 from tests.runs.test_readme import COMMANDS, ROOT
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-BRIEF = " train.steps=2 micro_batch=4 limit=8 warmup_steps=1"
+BRIEF = " train.steps=2 micro_batch=2 limit=8 warmup_steps=1"
 # Commands of the site that are no command of the README -> what makes them short; None: as the comment says.
 ELSEWHERE: dict[str, str | None] = {
     "deepspeed train/finetune.py captioning --config ds_zero2.json --model runs/tiny --run-dir runs/captioning": BRIEF,
@@ -129,9 +129,7 @@ def test_fine_tuning_as_its_page_shows_it(place, command, checkout):
     (place / "captions.tsv").write_text("\n".join(["image\tcaption\tsplit", *rows]) + "\n", encoding="utf-8")
     for line, added in ELSEWHERE.items():
         if added is not None:
-            line = line.replace("train/", f"{checkout}/train/") + added.replace(
-                "=4", "=2" if "captions.tsv" in line else "=4"
-            )
+            line = line.replace("train/", f"{checkout}/train/") + added
             done = command(line, cwd=place)
             assert done.code == 0, done.out[-1500:] + done.err[-3000:]
     assert command(LATER, cwd=place, env={"PYTHONPATH": str(checkout)}).code == 0
