@@ -97,7 +97,7 @@ def view_pairs(
     *,
     words: bool = False,
 ) -> list[View]:
-    """Runs a model over images and captions; each image's stranger is the caption of the next.
+    """Runs a model over images and captions; each image's stranger is the next caption that says something else.
 
     Args:
         model: SyCoCa in eval mode.
@@ -126,9 +126,9 @@ def view_pairs(
         if config.num_masked:
             parts["masked"] = _marked(selection.masked, config.vision.grid)
             parts["rebuilt"] = _rebuilt(model, images, text, selection)
-            if len(captions) > 1:
-                parts["stranger"] = [*captions[1:], captions[0]]
-                parts["misled"] = _rebuilt(model, images, model.encode_text(tokens.roll(-1, 0)), selection)
+            if strangers := _strangers(captions):
+                parts["stranger"] = [captions[other] for other in strangers]
+                parts["misled"] = _rebuilt(model, images, model.encode_text(tokens[strangers]), selection)
     if words and (maps := word_maps(model, tokenizer, image, text, captions, scored=has_scores(config))):
         parts["words"] = maps
     return [View(**{name: part[i] for name, part in parts.items()}) for i in range(len(captions))]
@@ -220,6 +220,14 @@ def save_views(path: str | os.PathLike, views: Sequence[View]) -> None:
         save_figure(overlay_figure(views), path)
     else:
         raise ValueError(f"{path}: must end in .png or .html")
+
+
+def _strangers(captions: Sequence[str]) -> list[int] | None:
+    """For each caption the next one that says something else, None where all say the same."""
+    if len(set(captions)) < 2:
+        return None
+    B = len(captions)
+    return [next(j % B for j in range(i + 1, i + B) if captions[j % B] != captions[i]) for i in range(B)]
 
 
 def _marked(index: Tensor, grid: tuple[int, int]) -> np.ndarray:

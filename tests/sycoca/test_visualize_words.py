@@ -120,6 +120,12 @@ def test_a_page_holds_everything_and_loads_nothing(own, files, tmp_path):
     assert len(written) < 1_200_000
 
 
+def test_a_stranger_says_something_else(own, pictures):
+    same = view_pairs(build(), own, pictures, ["a", "a", "b"])
+    assert [view.stranger for view in same] == ["b", "b", "a"]
+    assert view_pairs(build(), own, pictures, ["a", "a", "a"])[0].misled is None
+
+
 def test_pages_of_other_models_say_what_they_have(own, files):
     coca = overlay_page(look_at(build(COCA), own, files[:1], CAPTIONS[:1]))
     assert "Where the captioner looks" in coca and "TG-MIM" not in coca and "attention, mean" in coca
