@@ -23,14 +23,15 @@ class Timing(NamedTuple):
     p80_ms: float
 
 
-def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """Quantiles of each callable's time: one call of each per round, after one round that is not counted.
+def interleaved(cases: dict[str, Callable[[], object]], rounds: int, warm: bool = False) -> dict[str, Timing]:
+    """Quantiles of each callable's time: one call of each per round, after one round that is not counted unless they are
+    `warm` from calls before.
 
     With a GPU the device's time between two events; without one, and on one thread, the processor's time, which other
     processes of the machine do not lengthen; else the wall clock's.
     """
     samples: dict[str, list[float]] = {name: [] for name in cases}
-    for measured in [False] + [True] * rounds:
+    for measured in [False] * (not warm) + [True] * rounds:
         for name, call in cases.items():
             elapsed = _device_ms(call) if torch.cuda.is_available() else _host_ms(call)
             if measured:
