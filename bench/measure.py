@@ -24,8 +24,7 @@ class Timing(NamedTuple):
 
 
 def interleaved(cases: dict[str, Callable[[], object]], rounds: int, warm: bool = False) -> dict[str, Timing]:
-    """Quantiles of each callable's time: one call of each per round, after one round that is not counted unless they are
-    `warm` from calls before.
+    """Quantiles of each callable's time: one call of each per round, and unless `warm` one round first.
 
     With a GPU the device's time between two events; without one, and on one thread, the processor's time, which other
     processes of the machine do not lengthen; else the wall clock's.
