@@ -95,8 +95,11 @@ def plots(measured: Iterable[Row], folder: Path) -> list[Path]:
         axes[1].plot(sizes, held, "k:", linewidth=1, label="one matrix of logits")
         for axis in axes:
             axis.legend(frameon=False)
+            axis.set_xticks(sizes, [f"{B:,}" for B in sizes], rotation=30, minor=False)
+            axis.set_xticks([], minor=True)
         figure.suptitle(f"contrastive loss, D = {D}, {dtype}, {machine}")
-        written.append(folder / f"itc_{D}_{dtype}_{''.join(c for c in machine if c.isalnum())}.png")
+        name = "_".join("".join(c if c.isalnum() else " " for c in machine.split(", torch")[0]).lower().split())
+        written.append(folder / f"itc_{D}_{dtype}_{name}.png")
         figure.savefig(written[-1], dpi=150)
         pyplot.close(figure)
     return written

@@ -1,4 +1,8 @@
+from pathlib import Path
+
 from bench import gpu, report, rows
+
+ROOT = Path(__file__).parents[2]
 
 MACHINE = {"machine": "a machine", "commit": "abc"}
 TIMES = {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0}
@@ -45,6 +49,13 @@ def test_errors_have_a_column_for_each_loss():
     head, _, *lines = report.accuracy([first, second]).splitlines()
     assert [name in head for name in ("ours", "eager")] == [True, True]
     assert "2.0e-07 | 3.0e-03" in lines[1]
+
+
+def test_rows_of_the_readme_are_the_newest():
+    lines = {line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| fused_")}
+    measured = rows.read()
+    assert lines
+    assert lines <= {*report.table(measured).splitlines(), *report.unmeasured(measured).splitlines()}
 
 
 def test_plots_show_losses_and_what_bounds_them(tmp_path):
