@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.itc_parts import Place, Statistics, Targets, Wanted
+
 LN2 = math.log(2.0)
 BLOCK_ROWS = 1024
 BLOCK_COLUMNS = 1024
@@ -34,22 +36,17 @@ def sums(
     text: Tensor,
     logit_scale: Tensor,
     shift: Tensor,
-    ids: Tensor | None,
-    text_ids: Tensor | None,
-    weight: Tensor | None,
-    smoothing: float,
-    offset: int,
-    product: torch.dtype,
-    scratch_bytes: int,
+    targets: Targets,
+    place: Place,
 ) -> tuple[Tensor, Tensor]:
-    """Off-diagonal sums under a common shift, rows (2, b) and columns (2, n); second row: sum of q_ij L_ij."""
+    """Off-diagonal sums under a common shift, and sums of q_ij L_ij."""
     row, column = torch.zeros(2, image.shape[0]), torch.zeros(2, text.shape[0])
     factor, r = logit_scale.item() / LN2, shift.item()
-    for rows, columns, L in _logits(image, text, factor, product, scratch_bytes):
-        diagonal = _diagonal(L, rows, columns, offset)
-        if weight is not None:
+    for rows, columns, L in _logits(image, text, factor, place):
+        diagonal = _diagonal(L, rows, columns, place.offset)
+        if targets.weight is not None:
             diagonal.zero_()
-            qL = _targets(ids, text_ids, weight, smoothing, rows, columns).mul_(L)
+            qL = _targets(targets, rows, columns).mul_(L)
             row[1, rows] += qL.sum(1)
             column[1, columns] += qL.sum(0)
         diagonal.fill_(-math.inf)
@@ -59,22 +56,14 @@ def sums(
     return row, column
 
 
-def online(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    safe: Tensor,
-    offset: int,
-    product: torch.dtype,
-    scratch_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    """Off-diagonal maxima and sums relative to them, rows (2, b) and columns (2, n); nothing is done where safe."""
+def online(image: Tensor, text: Tensor, logit_scale: Tensor, safe: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    """Off-diagonal maxima, and sums relative to them."""
     row, column = torch.zeros(2, image.shape[0]), torch.zeros(2, text.shape[0])
     if safe.item():
         return row, column
     row[0], column[0] = -math.inf, -math.inf
-    for rows, columns, L in _logits(image, text, logit_scale.item() / LN2, product, scratch_bytes):
-        _diagonal(L, rows, columns, offset).fill_(-math.inf)
+    for rows, columns, L in _logits(image, text, logit_scale.item() / LN2, place):
+        _diagonal(L, rows, columns, place.offset).fill_(-math.inf)
         for state, dim in ((row[:, rows], 1), (column[:, columns], 0)):
             m = torch.maximum(state[0], L.amax(dim))
             r = torch.where(m == -math.inf, 0.0, m)
@@ -88,61 +77,47 @@ def grads(
     text: Tensor,
     logit_scale: Tensor,
     factor: Tensor,
-    row: Tensor,
-    column: Tensor,
-    coefficient: Tensor,
-    safe: Tensor,
-    ids: Tensor | None,
-    text_ids: Tensor | None,
-    weight: Tensor | None,
-    smoothing: float,
-    offset: int,
-    need_image: bool,
-    need_text: bool,
-    need_scale: bool,
-    product: torch.dtype,
-    scratch_bytes: int,
+    stats: Statistics,
+    targets: Targets,
+    wanted: Wanted,
+    place: Place,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`factor` times (s G T, s G^T I, <G, I T^T>), fp32; an output that is not needed is empty.
-
-    Args:
-        row, column: (2, b) and (2, n), shift r and reciprocal sum 1/Z.
-        coefficient: (b,), G on the diagonal.
-    """
+    """`factor` times the gradients."""
+    row, column, coefficient, safe = stats
     (b, D), n = image.shape, text.shape[0]
-    dimage = torch.zeros(b, D) if need_image else torch.empty(0)
-    dtext = torch.zeros(n, D) if need_text else torch.empty(0)
-    dscale = torch.zeros(()) if need_scale else torch.empty(0)
+    dimage = torch.zeros(b, D) if wanted.image else torch.empty(0)
+    dtext = torch.zeros(n, D) if wanted.text else torch.empty(0)
+    dscale = torch.zeros(()) if wanted.scale else torch.empty(0)
     scale, common = logit_scale.item(), bool(safe.item())
     r = row[0, 0].item() if common and b else 0.0
-    for rows, columns, L in _logits(image, text, scale / LN2, product, scratch_bytes):
+    for rows, columns, L in _logits(image, text, scale / LN2, place):
         inverse_row, inverse_column = row[1, rows, None], column[1, columns]
-        S = L.clone() if need_scale and not (need_image or need_text) else None
+        S = L.clone() if wanted.scale and not (wanted.image or wanted.text) else None
         if common:
             # G_ij = E_ij (1/Zr_i + 1/Zc_j)
             G = (L.sub_(r) if r else L).exp2_().mul_(inverse_row + inverse_column)
         else:
             by_column = (L - column[0, columns]).exp2_().mul_(inverse_column)
             G = L.sub_(row[0, rows, None]).exp2_().mul_(inverse_row).add_(by_column)
-        if weight is not None:
-            G.sub_(_targets(ids, text_ids, weight, smoothing, rows, columns), alpha=2)
-        first = max(0, columns.start - offset - rows.start)
-        diagonal = _diagonal(G, rows, columns, offset)
+        if targets.weight is not None:
+            G.sub_(_targets(targets, rows, columns), alpha=2)
+        first = max(0, columns.start - place.offset - rows.start)
+        diagonal = _diagonal(G, rows, columns, place.offset)
         diagonal.copy_(coefficient[rows][first : first + diagonal.shape[0]])
-        if need_image:
-            dimage[rows].addmm_(G, _load(text[columns], product))
-        if need_text:
-            dtext[columns].addmm_(G.T, _load(image[rows], product))
+        if wanted.image:
+            dimage[rows].addmm_(G, _load(text[columns], place.product))
+        if wanted.text:
+            dtext[columns].addmm_(G.T, _load(image[rows], place.product))
         if S is not None:
             dscale += (G * S).sum() * (LN2 / scale)
-    if need_scale and (need_image or need_text):
+    if wanted.scale and (wanted.image or wanted.text):
         # <G, I T^T> = sum_i <(G T)_i, I_i>
-        gradient, features = (dimage, image) if need_image else (dtext, text)
+        gradient, features = (dimage, image) if wanted.image else (dtext, text)
         for rows in _blocks(gradient.shape[0], BLOCK_ROWS):
-            dscale += torch.linalg.vecdot(gradient[rows], _load(features[rows], product)).sum()
+            dscale += torch.linalg.vecdot(gradient[rows], _load(features[rows], place.product)).sum()
     for gradient in (dimage, dtext):
         gradient.mul_(scale * factor)
-    return dimage, dtext, dscale * factor if need_scale else dscale
+    return dimage, dtext, dscale * factor if wanted.scale else dscale
 
 
 def _blocks(size: int, block: int):
@@ -154,14 +129,14 @@ def _load(x: Tensor, product: torch.dtype) -> Tensor:
     return x.to(product).to(torch.float32)
 
 
-def _logits(image: Tensor, text: Tensor, factor: float, product: torch.dtype, scratch_bytes: int):
+def _logits(image: Tensor, text: Tensor, factor: float, place: Place):
     """Blocks (rows, columns, L), row by row; the storage of L is reused."""
-    c, w = _block_shape(image.shape[0], text.shape[0], scratch_bytes)
+    c, w = _block_shape(image.shape[0], text.shape[0], place.scratch_bytes)
     scratch = torch.empty(c * w)
     for rows in _blocks(image.shape[0], c):
-        A = _load(image[rows], product) * factor
+        A = _load(image[rows], place.product) * factor
         for columns in _blocks(text.shape[0], w):
-            T = _load(text[columns], product)
+            T = _load(text[columns], place.product)
             L = scratch[: A.shape[0] * T.shape[0]].view(A.shape[0], T.shape[0])
             yield rows, columns, torch.mm(A, T.T, out=L)
 
@@ -183,10 +158,9 @@ def _diagonal(x: Tensor, rows: slice, columns: slice, offset: int) -> Tensor:
     return x.diagonal(k)
 
 
-def _targets(
-    ids: Tensor | None, text_ids: Tensor | None, weight: Tensor, smoothing: float, rows: slice, columns: slice
-) -> Tensor:
+def _targets(targets: Targets, rows: slice, columns: slice) -> Tensor:
     """q_ij off the diagonal, (c, w)."""
+    ids, text_ids, weight, smoothing = targets
     if ids is None:
         return weight.new_full((rows.stop - rows.start, columns.stop - columns.start), smoothing)
     same = ids[rows, None] == text_ids[columns]

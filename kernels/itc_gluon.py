@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from kernels import contrast_gluon, contrast_tiles, itc_triton, tuning
 from kernels.contrast_gluon import LOG2E, allocate, group_barrier, move, multiply, tile_of_turn, touches_edge, turns
 from kernels.itc_gluon_bwd import grads
+from kernels.itc_parts import Place, Targets
 from kernels.itc_triton import online, prologue
 
 __all__ = ["grads", "online", "prologue", "sums"]
@@ -100,19 +101,13 @@ def sums(
     text: Tensor,
     logit_scale: Tensor,
     shift: Tensor,
-    ids: Tensor | None,
-    text_ids: Tensor | None,
-    weight: Tensor | None,
-    smoothing: float,
-    offset: int,
-    product: torch.dtype,
-    scratch_bytes: int,
+    targets: Targets,
+    place: Place,
 ) -> tuple[Tensor, Tensor]:
-    """Off-diagonal sums under a common shift, rows (2, b) and columns (2, n); the second rows are zero."""
-    image, text = image.to(product), text.to(product)
-    if not contrast_gluon.supports(image, text, weight):
-        targets = ids, text_ids, weight, smoothing
-        return itc_triton.sums(image, text, logit_scale, shift, *targets, offset, product, scratch_bytes)
+    """Off-diagonal sums under a common shift, and sums of q_ij L_ij."""
+    image, text = image.to(place.product), text.to(place.product)
+    if not contrast_gluon.supports(image, text, targets.weight):
+        return itc_triton.sums(image, text, logit_scale, shift, targets, place)
     (M, D), N = image.shape, text.shape[0]
     tile = tuning.GLUON_SUMS
     programs = contrast_tiles.persistent(tile, M, N, image)
@@ -125,7 +120,7 @@ def sums(
         shift,
         row_parts,
         column_parts,
-        offset,
+        place.offset,
         M,
         N,
         D,

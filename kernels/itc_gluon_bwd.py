@@ -6,7 +6,6 @@ While one group of warps forms G from its logits, the tensor cores multiply for 
 shared memory by TMA, which drops what lies past the block. Limits: those of `itc_gluon`.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -14,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from kernels import contrast_gluon, contrast_tiles, itc_triton, tuning
 from kernels.contrast_gluon import LOG2E, allocate, move, multiply, tile_of_turn, touches_edge, turns
+from kernels.itc_parts import Place, Statistics, Targets, Wanted
 
 
 @gluon.jit
@@ -133,60 +133,31 @@ def grads(
     text: Tensor,
     logit_scale: Tensor,
     factor: Tensor,
-    row: Tensor,
-    column: Tensor,
-    coefficient: Tensor,
-    safe: Tensor,
-    ids: Tensor | None,
-    text_ids: Tensor | None,
-    weight: Tensor | None,
-    smoothing: float,
-    offset: int,
-    need_image: bool,
-    need_text: bool,
-    need_scale: bool,
-    product: torch.dtype,
-    scratch_bytes: int,
+    stats: Statistics,
+    targets: Targets,
+    wanted: Wanted,
+    place: Place,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `itc_triton.grads`."""
-    image, text = image.to(product), text.to(product)
-    targets = ids, text_ids, weight, smoothing
-    fits = contrast_gluon.supports(image, text, weight)
-    return itc_triton.grads(
-        image,
-        text,
-        logit_scale,
-        factor,
-        row,
-        column,
-        coefficient,
-        safe,
-        *targets,
-        offset,
-        need_image,
-        need_text,
-        need_scale,
-        product,
-        scratch_bytes,
-        blocks if fits else None,
-    )
+    """`factor` times the gradients."""
+    fits = contrast_gluon.supports(image.to(place.product), text.to(place.product), targets.weight)
+    form = blocks if fits else None
+    return itc_triton.grads(image, text, logit_scale, factor, stats, targets, wanted, place, form)
 
 
-def blocks(image, text, logit_scale, stats, targets, offset, magnify, scratch_bytes):
+def blocks(image, text, logit_scale, stats, targets, place, magnify):
     """Blocks (rows, columns, G); the storage of G is reused."""
     tile = tuning.GLUON_GRADIENT
-    for rows, columns, G in contrast_tiles.blocks(image, text, scratch_bytes):
-        row, column, safe = stats
+    for rows, columns, G in contrast_tiles.blocks(image, text, place.scratch_bytes):
         _gradient_specialised_kernel[(contrast_tiles.persistent(tile, *G.shape, image),)](
             *contrast_gluon.operands(image, text, tile),
             # A quarter of the columns is stored at a time, and a pattern of swizzled bytes cannot be cut.
             contrast_gluon.descriptor(G, [tile.block_m, tile.block_n], tile.block_n // 4 * G.element_size()),
             logit_scale,
-            row,
-            column,
-            safe,
+            stats.row,
+            stats.column,
+            stats.safe,
             magnify,
-            offset,
+            place.offset,
             rows.start,
             columns.start,
             *G.shape,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import groups, itc_ring
+from kernels.itc_parts import Place, Statistics, Targets, Wanted
 
 _NAMESPACE = "sycoca_kernels"
 
@@ -51,9 +52,8 @@ def sums(
     scratch_bytes: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return _run(
-        impl, "sums", image, text, logit_scale, shift, ids, text_ids, weight, smoothing, offset, product, scratch_bytes
-    )
+    targets, place = Targets(ids, text_ids, weight, smoothing), Place(offset, product, scratch_bytes)
+    return _run(impl, "sums", image, text, logit_scale, shift, targets, place)
 
 
 @sums.register_fake
@@ -72,7 +72,7 @@ def online(
     scratch_bytes: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return _run(impl, "online", image, text, logit_scale, safe, offset, product, scratch_bytes)
+    return _run(impl, "online", image, text, logit_scale, safe, Place(offset, product, scratch_bytes))
 
 
 @online.register_fake
@@ -102,28 +102,9 @@ def grads(
     scratch_bytes: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(
-        impl,
-        "grads",
-        image,
-        text,
-        logit_scale,
-        dloss,
-        row,
-        column,
-        coefficient,
-        safe,
-        ids,
-        text_ids,
-        weight,
-        smoothing,
-        offset,
-        need_image,
-        need_text,
-        need_scale,
-        product,
-        scratch_bytes,
-    )
+    stats, targets = Statistics(row, column, coefficient, safe), Targets(ids, text_ids, weight, smoothing)
+    wanted, place = Wanted(need_image, need_text, need_scale), Place(offset, product, scratch_bytes)
+    return _run(impl, "grads", image, text, logit_scale, dloss, stats, targets, wanted, place)
 
 
 @grads.register_fake

@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels import contrast_tiles
 from kernels.contrast_triton import FP16_FACTOR, LOG2E, accumulate, finish, prologue
 from kernels.device import grouped_tile, product_tile, touches_edge
+from kernels.itc_parts import Place, Statistics, Targets, Wanted
 from kernels.itc_triton_fwd import online, sums, target_tile
 
 __all__ = ["grads", "online", "prologue", "sums"]
@@ -94,70 +95,61 @@ def grads(
     text: Tensor,
     logit_scale: Tensor,
     factor: Tensor,
-    row: Tensor,
-    column: Tensor,
-    coefficient: Tensor,
-    safe: Tensor,
-    ids: Tensor | None,
-    text_ids: Tensor | None,
-    weight: Tensor | None,
-    smoothing: float,
-    offset: int,
-    need_image: bool,
-    need_text: bool,
-    need_scale: bool,
-    product: torch.dtype,
-    scratch_bytes: int,
+    stats: Statistics,
+    targets: Targets,
+    wanted: Wanted,
+    place: Place,
     blocks: Callable | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`factor` times (s G T, s G^T I, <G, I T^T>), fp32; an output that is not needed is empty.
-
-    Args:
-        row, column: (2, b) and (2, n), shift r and reciprocal sum 1/Z.
-        coefficient: (b,), G on the diagonal.
-        blocks: what forms G, in place of the kernel of this module.
-    """
-    image, text = image.to(product), text.to(product)
+    """`factor` times the gradients; `blocks` forms G in place of this module's kernel."""
+    image, text = image.to(place.product), text.to(place.product)
     (M, D), N = image.shape, text.shape[0]
-    form_image = need_image or not need_text
+    form_image = wanted.image or not wanted.text
     dimage, dtext = (
-        torch.zeros(size if wanted else 0, D, device=image.device) for size, wanted in ((M, form_image), (N, need_text))
+        torch.zeros(size if formed else 0, D, device=image.device)
+        for size, formed in ((M, form_image), (N, wanted.text))
     )
-    magnify = FP16_FACTOR if product == torch.float16 else 1.0
-    targets = ids, text_ids, weight, smoothing
-    stats = row.contiguous(), column.contiguous(), safe
-    for rows, columns, G in (blocks or _blocks)(
-        image, text, logit_scale, stats, targets, offset, magnify, scratch_bytes
-    ):
+    magnify = FP16_FACTOR if place.product == torch.float16 else 1.0
+    stats = stats._replace(row=stats.row.contiguous(), column=stats.column.contiguous())
+    for rows, columns, G in (blocks or _blocks)(image, text, logit_scale, stats, targets, place, magnify):
         if form_image:
             accumulate(dimage[rows], G, text[columns])
-        if need_text:
+        if wanted.text:
             accumulate(dtext[columns], G.T, image[rows])
-    scalars = coefficient, logit_scale, factor
-    dscale = torch.empty(0, device=image.device)
+    scalars = stats.coefficient, logit_scale, factor
+    dscale = dimage.new_empty(0)
     if form_image:
-        parts = finish(dimage, image, text, *scalars, magnify, offset, 0)
-        dscale = parts.sum() if need_scale else dscale
-    if need_text:
-        parts = finish(dtext, text, image, *scalars, magnify, -offset, -offset)
-        dscale = parts.sum() if need_scale and not form_image else dscale
-    return dimage if need_image else dimage.new_empty(0), dtext if need_text else dtext.new_empty(0), dscale
+        parts = finish(dimage, image, text, *scalars, magnify, place.offset, 0)
+        dscale = parts.sum() if wanted.scale else dscale
+    if wanted.text:
+        parts = finish(dtext, text, image, *scalars, magnify, -place.offset, -place.offset)
+        dscale = parts.sum() if wanted.scale and not form_image else dscale
+    return dimage if wanted.image else dimage.new_empty(0), dtext if wanted.text else dtext.new_empty(0), dscale
 
 
-def _blocks(image, text, logit_scale, stats, targets, offset, magnify, scratch_bytes):
+def _blocks(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    stats: Statistics,
+    targets: Targets,
+    place: Place,
+    magnify: float,
+):
     """Blocks (rows, columns, G); the storage of G is reused."""
-    tile = contrast_tiles.tile_for("gradient", image, text)
-    ids, text_ids, weight, smoothing = targets
-    for rows, columns, G in contrast_tiles.blocks(image, text, scratch_bytes):
+    tile = contrast_tiles.tile_for("gradient" if targets.weight is None else "target gradient", image, text)
+    for rows, columns, G in contrast_tiles.blocks(image, text, place.scratch_bytes):
         _gradient_kernel[(contrast_tiles.persistent(tile, *G.shape, image),)](
             *contrast_tiles.operands(image, text, tile),
             logit_scale,
-            *stats,
-            *(logit_scale if x is None else x for x in (ids, text_ids, weight)),
+            stats.row,
+            stats.column,
+            stats.safe,
+            *(logit_scale if x is None else x for x in targets[:3]),
             G,
-            smoothing,
+            targets.smoothing,
             magnify,
-            offset,
+            place.offset,
             rows.start,
             columns.start,
             *G.shape,
@@ -166,8 +158,8 @@ def _blocks(image, text, logit_scale, stats, targets, offset, magnify, scratch_b
             *image.stride(),
             *text.stride(),
             G.stride(0),
-            HAS_TARGETS=weight is not None,
-            HAS_IDS=ids is not None,
+            HAS_TARGETS=targets.weight is not None,
+            HAS_IDS=targets.ids is not None,
             GROUP_M=tile.group_m,
             **contrast_tiles.constants(tile),
         )

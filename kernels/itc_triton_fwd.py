@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels import contrast_tiles
 from kernels.contrast_triton import LOG2E
 from kernels.device import add_to_partial, grouped_tile, product_tile, touches_edge
+from kernels.itc_parts import Place, Targets
 
 
 @triton.jit
@@ -142,40 +143,36 @@ def sums(
     text: Tensor,
     logit_scale: Tensor,
     shift: Tensor,
-    ids: Tensor | None,
-    text_ids: Tensor | None,
-    weight: Tensor | None,
-    smoothing: float,
-    offset: int,
-    product: torch.dtype,
-    scratch_bytes: int,
+    targets: Targets,
+    place: Place,
 ) -> tuple[Tensor, Tensor]:
-    """Off-diagonal sums under a common shift, rows (2, b) and columns (2, n); second row: sum of q_ij L_ij."""
-    image, text = image.to(product), text.to(product)
+    """Off-diagonal sums under a common shift, and sums of q_ij L_ij."""
+    image, text = image.to(place.product), text.to(place.product)
     (M, D), N = image.shape, text.shape[0]
     row, column = (torch.zeros(2, size, device=image.device) for size in (M, N))
     if M == 0 or N == 0:
         return row, column
-    tile = contrast_tiles.tile_for("sums" if weight is None else "target sums", image, text)
+    one_hot = targets.weight is None
+    tile = contrast_tiles.tile_for("sums" if one_hot else "target sums", image, text)
     programs = contrast_tiles.persistent(tile, M, N, image)
-    parts = 1 if weight is None else 2
+    parts = 1 if one_hot else 2
     row_parts, column_parts = (torch.zeros(programs, parts, size, device=image.device) for size in (M, N))
     _sums_kernel[(programs,)](
         *contrast_tiles.operands(image, text, tile),
         logit_scale,
         shift,
-        *(shift if x is None else x for x in (ids, text_ids, weight)),
+        *(shift if x is None else x for x in targets[:3]),
         row_parts,
         column_parts,
-        smoothing,
-        offset,
+        targets.smoothing,
+        place.offset,
         M,
         N,
         D,
         *image.stride(),
         *text.stride(),
-        HAS_TARGETS=weight is not None,
-        HAS_IDS=ids is not None,
+        HAS_TARGETS=not one_hot,
+        HAS_IDS=targets.ids is not None,
         GROUP_M=tile.group_m,
         **contrast_tiles.constants(tile),
     )
@@ -184,17 +181,9 @@ def sums(
     return row, column
 
 
-def online(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    safe: Tensor,
-    offset: int,
-    product: torch.dtype,
-    scratch_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    """Off-diagonal maxima and sums relative to them, rows (2, b) and columns (2, n); nothing is done where safe."""
-    image, text = image.to(product), text.to(product)
+def online(image: Tensor, text: Tensor, logit_scale: Tensor, safe: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    """Off-diagonal maxima, and sums relative to them."""
+    image, text = image.to(place.product), text.to(place.product)
     (M, D), N = image.shape, text.shape[0]
     row, column = (torch.zeros(2, size, device=image.device) for size in (M, N))
     row[0], column[0] = -torch.inf, -torch.inf
@@ -207,7 +196,7 @@ def online(
             logit_scale,
             safe,
             state,
-            offset,
+            place.offset,
             M,
             N,
             D,

@@ -136,16 +136,19 @@ _HOPPER_TILES = {
     "target sums": ContrastTile(128, 128, 64, 8, 4, True, 16, 1, UNMEASURED),
     "online": ContrastTile(128, 128, 64, 8, 3, True, 1, 1, UNMEASURED),
     "gradient": ContrastTile(128, 128, 64, 8, 4, True, 8, 1, UNMEASURED),
+    "target gradient": ContrastTile(128, 128, 64, 8, 4, True, 8, 1, UNMEASURED),
     "sigmoid": ContrastTile(128, 128, 64, 8, 4, True, 8, 1, UNMEASURED),
 }
 # By pointers: sm_80, and operands whose rows are not 16-byte aligned.
 _POINTER_TILES = dict.fromkeys(_HOPPER_TILES, ContrastTile(128, 128, 32, 8, 3, False, 8, 1, UNMEASURED)) | {
     "target sums": ContrastTile(128, 64, 32, 8, 3, False, 8, 2, UNMEASURED),
+    "target gradient": ContrastTile(128, 64, 32, 8, 3, False, 8, 2, UNMEASURED),
     "sigmoid": ContrastTile(128, 64, 32, 8, 3, False, 8, 2, UNMEASURED),
 }
 _FP32_TILES = dict.fromkeys(_HOPPER_TILES, ContrastTile(64, 64, 32, 8, 2, False, 8, 2, UNMEASURED)) | {
     "target sums": ContrastTile(64, 32, 32, 8, 2, False, 8, 2, UNMEASURED),
-    "online": ContrastTile(64, 32, 32, 8, 2, False, 1, 2, UNMEASURED),
+    "target gradient": ContrastTile(64, 32, 32, 8, 2, False, 8, 2, UNMEASURED),
+    "online": ContrastTile(64, 32, 16, 8, 2, False, 1, 2, UNMEASURED),
 }
 
 

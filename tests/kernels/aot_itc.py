@@ -9,12 +9,14 @@ import sys
 import torch
 
 from kernels import contrast_gluon, contrast_triton, itc_gluon, itc_gluon_bwd, itc_triton, itc_triton_fwd, siglip_triton
+from kernels.itc_parts import Place, Statistics, Targets
 from tests.kernels.aot import compile_launch, recorded
 
 # The widths that the tiles are chosen for; one past a multiple of 16 bytes takes the kernels that read by pointers.
 WIDTHS = (256, 512, 640, 768, 1024, 1152)
 UNALIGNED = 513
 HALF, FULL = torch.bfloat16, torch.float32
+ONE_HOT = Targets(None, None, None, 0.5)
 
 
 def cases(extent):
@@ -54,13 +56,13 @@ def launches(extent):
 def _launch(D, dtype, with_ids, every):
     image, text, scale = torch.ones(304, D, dtype=dtype), torch.ones(304, D, dtype=dtype), torch.ones(())
     ids = torch.zeros(304, dtype=torch.int64)
-    targets = (ids, ids, torch.ones(304), 0.5) if with_ids else (None, None, None, 0.5)
-    stats, safe = torch.ones(2, 304), torch.tensor(True)
-    itc_triton.sums(image, text, scale, torch.zeros(()), *targets, 0, dtype, 0)
+    targets = Targets(ids, ids, torch.ones(304), 0.5) if with_ids else ONE_HOT
+    place, stats = Place(0, dtype, 0), _statistics()
+    itc_triton.sums(image, text, scale, torch.zeros(()), targets, place)
     if every:
         contrast_triton.prologue(image, text, scale, dtype)
-        itc_triton.online(image, text, scale, safe, 0, dtype, 0)
-    blocks = itc_triton._blocks(image, text, scale, (stats, stats, safe), targets, 0, 1.5, 0)
+        itc_triton.online(image, text, scale, stats.safe, place)
+    blocks = itc_triton._blocks(image, text, scale, stats, targets, place, 1.5)
     assert list(blocks)
     if every:
         contrast_triton.finish(torch.ones(304, D), image, text, torch.ones(304), scale, scale, 1.5, 0, 0)
@@ -71,9 +73,13 @@ def _launch(D, dtype, with_ids, every):
 def _launch_specialised(D, dtype):
     features, scalar = torch.ones(304, D, dtype=dtype), torch.ones(())
     if contrast_gluon.supports(features, features, None):
-        itc_gluon.sums(features, features, scalar, scalar, None, None, None, 0.0, 0, dtype, 0)
-        stats = torch.ones(2, 304), torch.ones(2, 304), torch.tensor(True)
-        assert list(itc_gluon_bwd.blocks(features, features, scalar, stats, None, 0, 1.5, 0))
+        place = Place(0, dtype, 0)
+        itc_gluon.sums(features, features, scalar, scalar, ONE_HOT, place)
+        assert list(itc_gluon_bwd.blocks(features, features, scalar, _statistics(), ONE_HOT, place, 1.5))
+
+
+def _statistics():
+    return Statistics(torch.ones(2, 304), torch.ones(2, 304), torch.ones(304), torch.tensor(True))
 
 
 if __name__ == "__main__":
