@@ -150,7 +150,7 @@ def _forward(
     safe = (row[0] >= smallest).all()
     all_L = L
     if not alone:
-        column, all_L, safe = _share_sums(column, L, safe, rows, group)
+        column, all_L, safe = _share_sums(column, weight is not None, L, safe, rows, group)
     safe = safe & (column[0] >= smallest).all() & bound.isfinite()
 
     high_row, high_column = sweeps.online(image, all_text, logit_scale, safe, *place, *settings)
@@ -180,14 +180,17 @@ def _inverse(m: Tensor, O: Tensor, L: Tensor, safe: Tensor) -> Tensor:
     return torch.stack((r, 1.0 / Z))
 
 
-def _share_sums(column: Tensor, L: Tensor, safe: Tensor, rows: slice, group) -> tuple[Tensor, Tensor, Tensor]:
+def _share_sums(
+    column: Tensor, weighted: bool, L: Tensor, safe: Tensor, rows: slice, group
+) -> tuple[Tensor, Tensor, Tensor]:
     """Column sums, diagonal and safety of the whole group, in one sum."""
     n = column.shape[1]
     diagonal = column.new_zeros(n)
     diagonal[rows] = L
-    packed = torch.cat((column.reshape(-1), diagonal, (~safe).to(torch.float32).reshape(1)))
+    parts = column if weighted else column[:1]
+    packed = torch.cat((diagonal, (~safe).to(torch.float32).reshape(1), parts.reshape(-1)))
     packed = groups.all_reduce(packed, "sum", group)
-    return packed[: 2 * n].view(2, n), packed[2 * n : 3 * n], packed[3 * n] == 0
+    return packed[n + 1 :].view(-1, n), packed[:n], packed[n] == 0
 
 
 def _share_maxima(column: Tensor, group) -> Tensor:
