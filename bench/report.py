@@ -1,6 +1,6 @@
 """Result rows as the README's tables and plots.
 
-`python -m bench.report [--operator NAME] [--pairs B...] [--plots FOLDER]`
+`python -m bench.report [--operator NAME] [--pairs B...] [--threads N] [--plots FOLDER]`
 """
 
 import argparse
@@ -23,6 +23,7 @@ GPU_BARS = (
     ("fused_siglip_loss", 65536, 768),
 )
 GPU = "H200"
+SHAPE = (*"BPKTDHV", "preset", "beams", "tokens")
 
 
 def table(measured: Iterable[Row]) -> str:
@@ -110,12 +111,14 @@ def main() -> int:
     parser.add_argument("--plots", type=Path, help="folder to write plots to")
     parser.add_argument("--operator", help="rows of this operator only")
     parser.add_argument("--pairs", type=int, nargs="+", help="rows of these numbers of pairs only")
+    parser.add_argument("--threads", type=int, help="rows of this number of threads only")
     options = parser.parse_args()
     measured = [row for row in rows.read() if not options.operator or row.get("operator") == options.operator]
     if not measured:
         print("bench.report: there are no such rows below bench/results", file=sys.stderr)
         return 1
-    chosen = [row for row in measured if not options.pairs or row.get("B") in options.pairs]
+    wanted = {"B": options.pairs, "cores": options.threads and [options.threads]}
+    chosen = [row for row in measured if all(not v or row.get(name) in v for name, v in wanted.items())]
     print("\n\n".join(filter(None, (table(chosen), accuracy(chosen), unmeasured(measured)))))
     if options.plots:
         for path in plots(measured, options.plots):
@@ -125,12 +128,12 @@ def main() -> int:
 
 def _uniform(row: Row) -> Row:
     """The row with the names that the table uses."""
-    names = {"implementation": "case", "batch": "B"}
+    names = {"implementation": "case", "impl": "case", "batch": "B", "images": "B"}
     return {names.get(name, name): value for name, value in row.items()}
 
 
 def _shape(row: Row) -> tuple:
-    return tuple(row[letter] for letter in "BPKTDHV" if letter in row)
+    return tuple(row[name] for name in SHAPE if name in row)
 
 
 def _key(row: Row) -> tuple:
@@ -148,7 +151,7 @@ def _where(row: Row) -> str:
 
 
 def _shape_text(row: Row) -> str:
-    return ", ".join(f"{letter} {row[letter]}" for letter in "BPKTDHV" if letter in row)
+    return ", ".join(f"{name} {row[name]}" for name in SHAPE if name in row)
 
 
 def _markdown(columns: Iterable[str], lines: Iterable[list[str]]) -> str:
