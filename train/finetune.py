@@ -30,6 +30,7 @@ def finetune(tuning: Tuning) -> None:
 
     from sycoca.hub import load_pretrained
     from train.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+    from train.data.order import mix
     from train.metrics import RunLog, Timing
     from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
     from train.tasks.tuning import build_objective, judge_tuned, judge_untuned, training_groups, tuning_batches
@@ -82,11 +83,11 @@ def finetune(tuning: Tuning) -> None:
         lr = config.optimizer.lr * learning_rate_factor(config.schedule, step, steps)
         set_learning_rate(optimizer, lr)
         taken = []
-        for _ in range(train.accumulation):
+        for part in range(train.accumulation):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            values = engine(*objective.inputs(*batch), group, shares)
+            values = engine(*objective.inputs(*batch, mix(train.seed, step, part, rank) >> 1), group, shares)
             engine.backward(values[0])
             engine.step()
             taken.append(torch.stack([value.detach().float() for value in values]))

@@ -33,8 +33,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.head = model, head
 
-    def inputs(self, images: Tensor, rows: Tensor, ids: Tensor | None) -> tuple:
-        """What `forward` takes, from a batch of the loader."""
+    def inputs(self, images: Tensor, rows: Tensor, ids: Tensor | None, seed: int) -> tuple:
+        """What `forward` takes, from a batch of the loader and the seed of this step and rank."""
         return images, rows, ids
 
 

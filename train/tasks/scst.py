@@ -40,11 +40,13 @@ class SelfCritical(Objective):
         self._samples, self._temperature = samples, temperature
 
     @torch.no_grad()
-    def inputs(self, images: Tensor, rows: Tensor, ids: Tensor | None) -> tuple:
+    def inputs(self, images: Tensor, rows: Tensor, ids: Tensor | None, seed: int) -> tuple:
         """Images, drawn captions (B * samples, T) and their rewards beside those of the greedy caption."""
         self.model.eval()
         features = self.model.encode_image(images)
-        drawn = generate_tokens(self.model, features, num_return=self._samples, temperature=self._temperature)
+        drawn = generate_tokens(
+            self.model, features, num_return=self._samples, temperature=self._temperature, seed=seed
+        )
         greedy = generate_tokens(self.model, features)
         self.model.train()
         references = [[ptb_words(said) for said in captions] for captions in ReferenceRows.decode(rows)]

@@ -258,8 +258,8 @@ def test_scst_weighs_log_likelihoods_by_the_reward_over_the_greedy_caption(model
         model, tokenizer, CiderD([[tuple(c.split()) for c in s] for s in said]), samples=2, temperature=1.0
     )
     rows = ReferenceRows().encode([json.dumps(s) for s in said], 28)
-    torch.manual_seed(3)
-    _, tokens, (rewards, baseline) = objective.inputs(images, rows, None)
+    _, tokens, (rewards, baseline) = objective.inputs(images, rows, None, 3)
+    assert torch.equal(tokens, objective.inputs(images, rows, None, 3)[1])
     assert objective.model.training and tokens.shape[0] == 6 and rewards.shape == (3, 2)
     objective.eval()
     rewards, baseline = torch.tensor([[1.0, 0.0], [0.5, 0.5], [2.0, 3.0]]), torch.tensor([0.5, 0.5, 1.0])
