@@ -1,25 +1,22 @@
 """Results of a task for machines and for people: JSON, a table on the terminal, one HTML page with examples."""
 
-import base64
-import html
-import io
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from sycoca.page import figure, page, picture_uri, text
 from train.tasks.outcome import Example, Outcome
 
 _THUMBNAIL_PX = 224
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .2rem .8rem; text-align: left }
-th { border-bottom: 2px solid #888 } td { border-bottom: 1px solid #ddd } td.n { text-align: right }
-.examples { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0; width: 22rem; border: 1px solid #ddd }
-figure img { display: block; width: 100%; max-height: 20rem; object-fit: contain; background: #f4f4f4 }
-figcaption { padding: .5rem .8rem; font-size: 13px } figcaption b { color: #666; font-weight: 600 }
-small { color: #666; overflow-wrap: anywhere }
+table { border-collapse: collapse; margin: .6rem 0 } th, td { padding: .15rem .8rem; text-align: left }
+th { border-bottom: 2px solid var(--line) } td { border-bottom: 1px solid var(--line) } td.n { text-align: right }
+figure img { width: 100%; max-height: 18rem; object-fit: contain } figcaption b { color: var(--quiet) }
 """
 
 
@@ -89,49 +86,42 @@ def _finite(value: Any) -> Any:
 
 
 def _page(outcome: Outcome, facts: dict[str, Any], examples: dict[str, list[Example]], source: Any) -> str:
-    title = html.escape(f"{outcome.task}: {facts.get('model', '')} on {facts.get('data', '')}")
-    parts = [f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"]
+    title = f"{outcome.task}: {facts.get('model', '')} on {facts.get('data', '')}"
     before = facts.get("before")
     header = ("figure", "before", "after") if before else ("figure", "value")
     rows = [(name, *([before.get(name)] if before else []), value) for name, value in outcome.headline.items()]
-    parts.append(_table(header, rows))
+    body = [f"<h1>{text(title)}</h1>", _table(header, rows)]
     if facts.get("left_out"):
-        parts.append("<h2>left out, or noted</h2>" + _table(("cause", "count"), list(facts["left_out"].items())))
+        body.append(_section("left out, or noted", _table(("cause", "count"), list(facts["left_out"].items()))))
     for kind, found in examples.items():
         if found:
-            shown = "".join(_figure(example, source) for example in found)
-            parts.append(f"<h2>{kind}</h2><div class=examples>{shown}</div>")
-    for name, (columns, table) in outcome.tables.items():
-        parts.append(f"<h2>{html.escape(name)}</h2>" + _table(columns, table))
-    known = {key: value for key, value in facts.items() if key not in ("before", "left_out", "options")}
-    parts.append("<h2>how</h2>" + _table(("", ""), list(known.items())))
-    return "\n".join(parts) + "\n"
+            shown = "".join(_example(example, source) for example in found)
+            body.append(_section(kind, f'<div class="grid">{shown}</div>'))
+    body += [_section(name, _table(columns, table)) for name, (columns, table) in outcome.tables.items()]
+    known = {key: value for key, value in facts.items() if key not in ("before", "left_out", "headline")}
+    body.append(_section("how", _table(("", ""), list(known.items()))))
+    return page(title, body, style=_STYLE)
+
+
+def _section(title: str, inner: str) -> str:
+    return f"<article><h2>{text(title)}</h2>{inner}</article>"
 
 
 def _table(header: Sequence[str], rows: Sequence[tuple]) -> str:
     def cell(value: Any) -> str:
-        numeric = isinstance(value, int | float) or value is None
-        return f"<td class=n>{_number(value)}</td>" if numeric else f"<td>{html.escape(str(value))}</td>"
+        if isinstance(value, int | float) or value is None:
+            return f'<td class="n">{_number(value)}</td>'
+        return f"<td>{text(str(value))}</td>"
 
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    head = "".join(f"<th>{text(name)}</th>" for name in header)
     body = "".join("<tr>" + "".join(cell(value) for value in row) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _figure(example: Example, source: Any) -> str:
-    lines = "<br>".join(f"<b>{html.escape(name)}</b> {html.escape(text)}" for name, text in example.lines)
-    score = f"<small>{html.escape(example.key)} · score {_number(example.score)}</small>"
-    picture = _thumbnail(source, example.index)
-    return f'<figure><img src="{picture}" alt=""><figcaption>{lines}<br>{score}</figcaption></figure>'
-
-
-def _thumbnail(source: Any, index: int) -> str:
-    import numpy as np
-    from PIL import Image
-
-    image = source.image(index)[0] if hasattr(source, "image") else source[index].image
+def _example(example: Example, source: Any) -> str:
+    lines = "<br>".join(f"<b>{text(name)}</b> {text(said)}" for name, said in example.lines)
+    note = f'<p class="quiet">{text(example.key)}, score {_number(example.score)}</p>'
+    image = source.image(example.index)[0] if hasattr(source, "image") else source[example.index].image
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image.copy()
     image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return figure(f'<img src="{picture_uri(np.asarray(image))}" alt="{text(example.key)}">', lines + note)
