@@ -46,7 +46,10 @@ def finetune(tuning: Tuning) -> None:
         (run_dir / "config.json").write_text(text + "\n", encoding="utf-8")
 
     torch.manual_seed(train.seed)
-    model, tokenizer, _ = load_pretrained(config.model, device=device)
+    try:
+        model, tokenizer, _ = load_pretrained(config.model, device=device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if rank == 0 and not tuning.resume:
         judge_untuned(tuning, model, tokenizer, device)
     dist.barrier()

@@ -65,6 +65,7 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+_NEGATION = re.compile(r"n't\b", re.IGNORECASE)
 _SPLIT = {
     "cannot": ("can", "not"),
     "gonna": ("gon", "na"),
@@ -123,7 +124,6 @@ def _tokens(text: str):
 def _cut(text: str, token: str, start: int, end: int) -> tuple[str, int]:
     if text.startswith("'", end) and token.lower() == "y":
         return token + "'", end + 1
-    negation = re.compile(r"n't\b", re.IGNORECASE)
-    if token[-1:].lower() == "n" and negation.match(text, end - 1) and len(token) > 1:
+    if token[-1:].lower() == "n" and _NEGATION.match(text, end - 1) and len(token) > 1:
         return token[:-1], end - 1
     return token, end

@@ -167,7 +167,10 @@ def judge_untuned(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> No
     how: dict[str, Any] = {"method": "rank" if method == "classify" else method}
     if task == "vqa":
         how["train"] = tuning.train
-    found = judge(task, model, tokenizer, tuning.val, options=config.options, device=device, **how)
+    try:
+        found = judge(task, model, tokenizer, tuning.val, options=config.options, device=device, **how)
+    except ValueError as error:
+        raise DataError(str(error)) from None
     _write(tuning, "before", found, {})
 
 
@@ -183,17 +186,22 @@ def judge_tuned(tuning: Tuning, plan: Plan, tokenizer: Any, device: Any, *, step
     model.save_pretrained(folder, tokenizer=tokenizer)
     method = config.options.vqa if config.task == "vqa" else ""
     save_task(folder, config.task, {"method": method, "from": config.model}, head)
-    found = judge(
-        config.task,
-        model.to(device).eval(),
-        tokenizer,
-        tuning.val,
-        options=config.options,
-        device=device,
-        head=head,
-        method=method,
-        train=tuning.train,
-    )
+    try:
+        found = judge(
+            config.task,
+            model.to(device).eval(),
+            tokenizer,
+            tuning.val,
+            options=config.options,
+            device=device,
+            head=head,
+            method=method,
+            train=tuning.train,
+        )
+    except ValueError as error:
+        # The training is done and saved; a held-out part that cannot be read must not look like its failure.
+        print(f"the tuned model is in {folder}; not judged: {error}", flush=True)
+        return
     before = tuning.run_dir / "before.json"
     earlier = json.loads(before.read_text(encoding="utf-8"))["headline"] if before.is_file() else {}
     _write(tuning, "after", found, earlier)
