@@ -194,9 +194,11 @@ def test_labels_of_tar_files(tmp_path):
     both = open_source("zeroshot", str(tmp_path / "set-{0..1}.tar"), "val", image_size=8)
     assert len(both) == 4
     data = (tmp_path / "set-0.tar").read_bytes()
-    (tmp_path / "short.tar").write_bytes(data[: 512 + len(picture) // 2])
-    with pytest.raises(DataError, match="1 x tar file ends early"):
-        open_source("zeroshot", str(tmp_path / "short.tar"), "val", image_size=8)
+    first_ends = 512 + -(-len(picture) // 512) * 512
+    (tmp_path / "short.tar").write_bytes(data[: first_ends + 512 + len(picture) // 2])
+    short = open_source("zeroshot", str(tmp_path / "short.tar"), "val", image_size=8)
+    assert len(short) == 1 and short.image(0)[0].size == (20, 16)
+    assert "tar file ends early" in short.skipped.counts()
 
 
 @pytest.mark.parametrize(
