@@ -20,6 +20,8 @@ from train.data.scene_shapes import COLOURS, SHAPES
 from train.tasks.annotations import require_some
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+# An object that is to be recognised fills the picture, as in the sets of photographs made for that.
+_CENTRE, _DIAMETER = 0.5, 0.8
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation", "test"), "test": ("test", "val")}
 
@@ -44,7 +46,7 @@ class LabelSource(Source):
 
 
 class SceneObjects(LabelSource):
-    """One object of a scene on its ground, of 48 classes: colour and shape."""
+    """One object of a scene alone in the middle of its ground, of 48 classes: colour and shape."""
 
     classes = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 
@@ -63,8 +65,8 @@ class SceneObjects(LabelSource):
         from train.data.scenes import draw_scene
 
         scene = self._scenes.scene(index)
-        alone = scene._replace(things=scene.things[:1], figures=scene.figures[:1])
-        return draw_scene(alone, self._size), f"scenes/{self.split}/{index}"
+        figure = scene.figures[0]._replace(x=_CENTRE, y=_CENTRE, diameter=_DIAMETER)
+        return draw_scene(scene._replace(figures=(figure,)), self._size), f"scenes/{self.split}/{index}"
 
 
 class ListedLabels(LabelSource):
