@@ -68,6 +68,7 @@ class Tuning:
 # Learning rate and steps on a CPU, where models are small and fresh from scratch; learning rate and epochs on a GPU.
 _CPU = {"retrieval": (6e-4, 100), "captioning": (6e-4, 100), "vqa": (2e-3, 160), "classification": (1e-3, 80)}
 _GPU = {"retrieval": (1e-5, 5.0), "captioning": (1e-5, 5.0), "vqa": (2e-5, 10.0), "classification": (5e-5, 20.0)}
+# Of the learning rate: rewards are noisier than labels.
 _SCST_SHARE = 0.1
 
 
@@ -155,6 +156,9 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Tuning:
                 raise ConfigError(f"--{option} {given} and {key}={overrides[key]} differ")
             overrides[key] = given
     config = apply_overrides(config, overrides)
+    if config.options.scst and not args.resume and "optimizer.lr" not in overrides:
+        gentler = replace(config.optimizer, lr=config.optimizer.lr * _SCST_SHARE)
+        config = replace(config, optimizer=gentler)
     config = apply_overrides(config, taken_over(ds, config, overrides, ds_path.name, world))
     config = settle(config, overrides, has_cuda)
     if args.task == "vqa" and config.options.vqa in ("auto", "rank"):
