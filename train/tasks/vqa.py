@@ -18,6 +18,9 @@ from train.tasks.likelihood import log_likelihood, prompted
 from train.tasks.outcome import Example, Outcome, by_kind, image_batches, require_any, rows_of, share
 from train.tasks.vqa_accuracy import normalised, vqa_accuracy
 
+# Least number of tokens that an answer may have.
+_ANSWER_ROOM = 4
+
 
 def frequent_answers(source: Any, most: int, images: int) -> tuple[str, ...]:
     """The most frequent normalised answers of a source, of the first `images` of them, the frequent ones first."""
@@ -124,8 +127,8 @@ def _classified(model: Any, tokenizer: Any, head: Head, images: Any, questions: 
 
 def _generated(model: Any, tokenizer: Any, images: Any, questions: list[str], options: Any) -> list[str]:
     length = model.config.text.context_length
-    # As `prompted` cuts a question that does not fit.
-    prompts = prompted(tokenizer, questions, [""] * len(questions), length // 2)
+    # A question that does not fit loses its end, as in `prompted`.
+    prompts = prompted(tokenizer, questions, [""] * len(questions), length - max(_ANSWER_ROOM, length // 8))
     ids = [row[1:start] for row, start in zip(prompts.tokens.tolist(), prompts.starts.tolist())]
     found = generate_tokens(model, images, prompt=ids, num_beams=options.beams, length_penalty=options.length_penalty)
     behind = [row[len(words) + 1 :] for row, words in zip(found.tokens[:, 0].tolist(), ids)]
