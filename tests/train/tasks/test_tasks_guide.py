@@ -1,0 +1,133 @@
+"""Every command of the guide to the tasks is read by its script, with the files that it names in place."""
+
+import io
+import json
+import re
+import shlex
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sycoca.config import MODEL_PRESETS, to_dict
+from train import evaluate
+from train.tasks import launch
+from train.tasks.class_names import CLASSES
+
+ROOT = Path(__file__).resolve().parents[3]
+GUIDE = (ROOT / "docs" / "guides" / "tasks.md").read_text(encoding="utf-8")
+LINES = [line for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL) for line in block.splitlines() if line]
+COCO = "000000000001.jpg"
+
+
+def table(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    splits = ["train"] * 40 + ["val"] * 3 + ["test"] * 3
+    rows = [f"{i}.jpg\ta dog, number {i}\t{split}" for i, split in enumerate(splits)]
+    path.write_text("\n".join(["image\tcaption\tsplit", *rows]) + "\n", encoding="utf-8")
+
+
+def labelled(path: Path, picture: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in range(40):
+            info = tarfile.TarInfo(f"{CLASSES['cifar10'][number % 10]}/{number}.jpg")
+            info.size = len(picture)
+            tar.addfile(info, io.BytesIO(picture))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model and a little of every data set."""
+    place = tmp_path_factory.mktemp("place")
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "green").save(buffer, "JPEG")
+    for run in ("flickr", "captioning"):
+        folder = place / "runs" / run / "model"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(to_dict(MODEL_PRESETS["tiny"])), encoding="utf-8")
+        (folder / "model.safetensors").write_bytes(b"")
+    for name in ("flickr30k", "coco"):
+        table(place / name / "captions.tsv")
+    for name in ("cifar10/train.tar", "cifar10/test.tar", "train.tar", "test.tar"):
+        labelled(place / name, buffer.getvalue())
+    for folder in ("val", "val2014", "val2017"):
+        (place / folder).mkdir()
+        (place / folder / COCO).write_bytes(buffer.getvalue())
+    asked = {"question_id": 1, "image_id": 1, "question": "what?"}
+    contents = {
+        "nocaps_val.json": {
+            "images": [{"id": 1, "file_name": COCO, "domain": "in-domain"}],
+            "annotations": [{"image_id": 1, "caption": "a dog"}],
+        },
+        "questions.json": {"questions": [asked]},
+        "answers.json": {"annotations": [asked | {"answers": [{"answer": "yes"}]}]},
+        "aokvqa_val.json": [asked | {"question_id": "x", "choices": ["a", "b"], "correct_choice_idx": 0}],
+        "sugar_crepe/swap_obj.json": {"0": {"filename": COCO, "caption": "a", "negative_caption": "b"}},
+    }
+    for name, content in contents.items():
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text(json.dumps(content), encoding="utf-8")
+    return place
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_command_of_the_guide(line, place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    _, script, *argv = shlex.split(line)
+    if script == "train/evaluate.py":
+        asked = evaluate.parse(argv)
+        assert len(asked.source) and not asked.source.skipped
+    else:
+        assert script == "train/finetune.py"
+        tuning = launch.parse(argv, script=ROOT / script, has_cuda=False)
+        assert len(tuning.train) == 40 and len(tuning.val) and not tuning.train.skipped
+
+
+def test_the_guide_shows_every_task_and_both_scripts():
+    named = {shlex.split(line)[2] for line in LINES}
+    assert named >= {"retrieval", "captioning", "vqa", "zeroshot", "probe", "choice", "pairs", "classification"}
+
+
+def test_what_holds_nothing_out_needs_a_source_to_be_judged_on(place, monkeypatch):
+    monkeypatch.chdir(place)
+    argv = ["classification", "--config", "ds_zero2.json", "--model", "runs/flickr", "--data", "train.tar"]
+    with pytest.raises(ValueError, match="holds nothing out; give --val"):
+        launch.parse(argv, script=ROOT / "train" / "finetune.py", has_cuda=False)
+    with pytest.raises(ValueError, match="probe needs --train"):
+        evaluate.parse(["probe", "--model", "runs/flickr", "--data", "test.tar"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["vqa", "vqa=rank"], "needs no fine-tuning"),
+        (["vqa", "scst=true"], "scst belongs to captioning"),
+        (["captioning", "scst=true", "--config", "ds_zero3.json"], "ZeRO stage 3 (ds_zero3.json) does not allow"),
+        (["retrieval", "optimizer.lrr=1"], "did you mean 'optimizer.lr'"),
+        (["retrieval", "train.micro_batch=4096", "--data", "coco/captions.tsv"], "do not fill a batch"),
+        (["retrieval", "--data", "scenes", "data.train=x"], "differ"),
+        (["classification", "classes=cifar"], "did you mean 'cifar10'"),
+        (["retrieval", "--config", "ds_zero.json"], "no such file"),
+    ],
+)
+def test_a_mistake_is_one_line(argv, told, place, monkeypatch):
+    monkeypatch.chdir(place)
+    script = ROOT / "train" / "finetune.py"
+    config = [] if "--config" in argv else ["--config", "ds_zero2.json"]
+    with pytest.raises(ValueError, match=re.escape(told)) as caught:
+        launch.parse([*argv, *config, "--model", "runs/flickr"], script=script, has_cuda=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_scst_is_gentler_unless_told_otherwise(place, monkeypatch):
+    monkeypatch.chdir(place)
+    argv = ["captioning", "--config", "ds_zero2.json", "--model", "runs/flickr"]
+    script = ROOT / "train" / "finetune.py"
+    rates = [
+        launch.parse([*argv, *more], script=script, has_cuda=False).config.optimizer.lr
+        for more in ([], ["scst=true"], ["scst=true", "lr=0.25"])
+    ]
+    assert rates[1] == pytest.approx(rates[0] / 10) and rates[2] == 0.25
