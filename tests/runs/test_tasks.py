@@ -22,8 +22,10 @@ def tune(command, checkout, pretrained, spent):
     def run(task: str, *more: str) -> tuple:
         started = time.perf_counter()
         folder = checkout / "runs" / f"tuned-{task}"
+        # As the README shows it; without the launcher a single process needs less time to start.
+        launcher = "deepspeed" if task == "retrieval" else "python"
         done = command(
-            f"deepspeed train/finetune.py {task} --config ds_zero2.json --model {pretrained} --run-dir {folder} "
+            f"{launcher} train/finetune.py {task} --config ds_zero2.json --model {pretrained} --run-dir {folder} "
             + " ".join(more)
         )
         spent.append(time.perf_counter() - started)
@@ -48,12 +50,12 @@ def test_fine_tuning_improves(task, tune):
 
 def test_zero_shot_and_a_tuned_classifier_are_judged_again(command, checkout, pretrained, spent):
     started = time.perf_counter()
-    done = command(f"python train/evaluate.py zeroshot --model {pretrained} --out {checkout}/runs/judged limit=256")
+    done = command(f"python train/evaluate.py zeroshot --model {pretrained} --out {checkout}/runs/judged limit=500")
     assert done.code == 0, done.err[-3000:]
     found = json.loads((checkout / "runs" / "judged" / "zeroshot-scenes-val.json").read_text())
     assert found["results"]["top-1"] > 3 * found["results"]["chance"]
     tuned = checkout / "runs" / "tuned-classification"
-    done = command(f"python train/evaluate.py classification --model {tuned} limit=256")
+    done = command(f"python train/evaluate.py classification --model {tuned} limit=500")
     spent.append(time.perf_counter() - started)
     assert done.code == 0, done.err[-3000:]
     again = json.loads((tuned / "classification-scenes-val.json").read_text())["results"]

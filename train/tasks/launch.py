@@ -65,8 +65,13 @@ class Tuning:
         return {"run": to_dict(self.config), "deepspeed": self.deepspeed}
 
 
-# Learning rate and steps on a CPU, where models are small and fresh from scratch; learning rate and epochs on a GPU.
-_CPU = {"retrieval": (6e-4, 100), "captioning": (6e-4, 100), "vqa": (2e-3, 160), "classification": (1e-3, 80)}
+# Learning rate, steps and batch on a CPU, where models are small and fresh from scratch; on a GPU rate and epochs.
+_CPU = {
+    "retrieval": (3e-4, 45, 128),
+    "captioning": (1e-3, 60, 32),
+    "vqa": (2e-3, 60, 32),
+    "classification": (3e-3, 100, 32),
+}
 _GPU = {"retrieval": (1e-5, 5.0), "captioning": (1e-5, 5.0), "vqa": (2e-5, 10.0), "classification": (5e-5, 20.0)}
 # Of the learning rate: rewards are noisier than labels.
 _SCST_SHARE = 0.1
@@ -80,12 +85,12 @@ def defaults(task: str, model: str, has_cuda: bool) -> FinetuneConfig:
         data = TuningData(workers=4, crop_scale=(0.5, 1.0))
         schedule, optimizer = ScheduleConfig(warmup_steps=200), OptimizerConfig(lr=lr, weight_decay=0.05)
     else:
-        lr, steps = _CPU[task]
-        train = TrainConfig(steps=steps, micro_batch=32, log_every=20, save_every=1000, keep_last=1)
+        lr, steps, batch = _CPU[task]
+        train = TrainConfig(steps=steps, micro_batch=batch, log_every=20, save_every=1000, keep_last=1)
         data, schedule = TuningData(), ScheduleConfig(name="linear", warmup_steps=10)
         optimizer = OptimizerConfig(lr=lr, weight_decay=0.05)
     # Ranking answers costs a forward pass for each of them.
-    options = TaskOptions() if has_cuda else TaskOptions(limit=48 if task == "vqa" else 256, beams=1)
+    options = TaskOptions() if has_cuda else TaskOptions(limit=24 if task == "vqa" else 500, beams=1)
     return FinetuneConfig(task, model, optimizer, schedule, data, train, options)
 
 
