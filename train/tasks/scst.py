@@ -3,7 +3,7 @@
     L = -mean_k (r(y_k) - r(y_greedy)) log p(y_k | x),   y_k ~ p(. | x)
 
 Per image and draw, log p summed over the caption's tokens. The reward needs no gradient; CIDEr-D's document
-frequencies are those of the training captions.
+frequencies are those of the captions of the first training images.
 """
 
 from collections.abc import Iterable, Sequence

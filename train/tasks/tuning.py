@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sycoca.config import ConfigError, to_dict
 from sycoca.model import parameter_groups
-from train.data import DataError, batches
+from train.data import DataError, batches, readable
 from train.tasks.class_names import templates
 from train.tasks.classification import name_features
 from train.tasks.facts import task_facts
@@ -24,7 +24,7 @@ from train.tasks.scst import SelfCritical, training_frequencies
 from train.tasks.vqa import frequent_answers
 
 _ANSWER_IMAGES = 20_000
-_FREQUENCY_IMAGES = 200_000
+_FREQUENCY_IMAGES = 5_000
 _BLOCK = re.compile(r"model\.vision\.blocks\.(\d+)\.")
 
 
@@ -87,12 +87,9 @@ def build_objective(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> 
 
 
 def _captions(source: Any) -> Iterator[tuple[str, ...]]:
-    """All captions of each image, without the images where the source knows a way."""
-    for index in range(min(len(source), _FREQUENCY_IMAGES)):
-        if hasattr(source, "captions"):
-            yield source.captions(index)
-        else:
-            yield source[index].captions
+    """All captions of each of the first images."""
+    for _, sample in readable(source, range(min(len(source), _FREQUENCY_IMAGES))):
+        yield sample.captions
 
 
 def training_groups(objective: Objective, config: FinetuneConfig) -> list[dict]:
