@@ -12,6 +12,7 @@ from sycoca.layers import (
     Block,
     CrossAttention,
     CrossBlock,
+    LayerNorm,
     init_blocks,
     position_table,
     run_block,
@@ -26,7 +27,7 @@ class VocabularyHead(nn.Module):
     def __init__(self, width: int, vocab_size: int, label_smoothing: float) -> None:
         super().__init__()
         self.label_smoothing = label_smoothing
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
         nn.init.normal_(self.weight, std=width**-0.5)
 
@@ -81,12 +82,12 @@ class ImageDecoderLayer(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, text_width: int) -> None:
         super().__init__()
-        self.ln_self = nn.LayerNorm(width)
+        self.ln_self = LayerNorm(width)
         self.attn = CrossAttention(width, heads, width)
-        self.ln_cross = nn.LayerNorm(width)
-        self.ln_text = nn.LayerNorm(text_width)
+        self.ln_cross = LayerNorm(width)
+        self.ln_text = LayerNorm(text_width)
         self.cross = CrossAttention(width, heads, text_width)
-        self.ln_mlp = nn.LayerNorm(width)
+        self.ln_mlp = LayerNorm(width)
         self.mlp = MLP(width, mlp_ratio)
 
     def forward(self, x: Tensor, words: Tensor, valid: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -114,7 +115,7 @@ class ImageDecoder(nn.Module):
             ImageDecoderLayer(decoder.width, decoder.heads, decoder.mlp_ratio, config.text.width)
             for _ in range(decoder.depth)
         )
-        self.norm = nn.LayerNorm(decoder.width)
+        self.norm = LayerNorm(decoder.width)
         self.pixels = nn.Linear(decoder.width, vision.patch_values)
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)

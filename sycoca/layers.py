@@ -31,6 +31,20 @@ class Past(Protocol):
         """Appends those of further tokens; returns all. Several tokens at once only as the first."""
 
 
+def _layer_norm() -> type[nn.Module]:
+    try:
+        # The compiled part is NVIDIA's alone; the package that PyPI calls apex is another one.
+        import fused_layer_norm_cuda  # noqa: F401
+        from apex.normalization import FusedLayerNorm
+    except ImportError:
+        return nn.LayerNorm
+    return FusedLayerNorm if torch.cuda.is_available() else nn.LayerNorm
+
+
+# NVIDIA apex's where importable; parameters and results are those of torch's.
+LayerNorm = _layer_norm()
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:
     """Softmax attention of q (B, H, N, d) over k and v (B, H, M, d).
 
@@ -141,9 +155,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, causal: bool = False) -> None:
         super().__init__()
-        self.ln_attn = nn.LayerNorm(width)
+        self.ln_attn = LayerNorm(width)
         self.attn = SelfAttention(width, heads, causal)
-        self.ln_mlp = nn.LayerNorm(width)
+        self.ln_mlp = LayerNorm(width)
         self.mlp = MLP(width, mlp_ratio)
 
     def forward(self, x: Tensor, past: Past | None = None, packing: Packing | None = None) -> Tensor:
@@ -156,10 +170,10 @@ class CrossBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, memory_width: int) -> None:
         super().__init__()
-        self.ln_attn = nn.LayerNorm(width)
-        self.ln_memory = nn.LayerNorm(memory_width)
+        self.ln_attn = LayerNorm(width)
+        self.ln_memory = LayerNorm(memory_width)
         self.attn = CrossAttention(width, heads, memory_width)
-        self.ln_mlp = nn.LayerNorm(width)
+        self.ln_mlp = LayerNorm(width)
         self.mlp = MLP(width, mlp_ratio)
 
     def forward(

@@ -24,7 +24,7 @@ from kernels import (
 )
 from sycoca.config import ModelConfig
 from sycoca.decoders import CaptionDecoder, ImageDecoder, VocabularyHead
-from sycoca.layers import LogitScale
+from sycoca.layers import LayerNorm, LogitScale
 from sycoca.losses import global_counts, local_loss
 from sycoca.masking import StepPlan, overlap, select_at_random, select_by_score, step_plan
 from sycoca.text import TextEncoder
@@ -108,7 +108,7 @@ class LocalHeads(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim = config.masking.local_dim
-        self.ln_text = nn.LayerNorm(config.text.width)
+        self.ln_text = LayerNorm(config.text.width)
         self.image = _projection(config.vision.width, dim)
         self.text = _projection(config.text.width, dim)
         self.scale = LogitScale(config.logit_scale_init)

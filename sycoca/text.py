@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sycoca.config import ModelConfig, TextConfig
-from sycoca.layers import Block, init_blocks, run_block
+from sycoca.layers import Block, LayerNorm, init_blocks, run_block
 from sycoca.packing import Packing
 
 
@@ -68,7 +68,7 @@ class TextEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(text.width, text.heads, text.mlp_ratio, causal=True) for _ in range(text.depth)
         )
-        self.ln_final = nn.LayerNorm(text.width)
+        self.ln_final = LayerNorm(text.width)
         init_blocks(self.blocks, text.width, text.depth)
 
     def forward(self, tokens: Tensor) -> EncodedText:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kernels import gather_patches, scatter_patches
 from sycoca.config import ModelConfig, VisionConfig
-from sycoca.layers import Block, init_blocks, position_table, run_block
+from sycoca.layers import Block, LayerNorm, init_blocks, position_table, run_block
 
 
 class EncodedImage(NamedTuple):
@@ -77,9 +77,9 @@ class VisionTransformer(nn.Module):
         self.embed = PatchEmbedding(vision.patch_size, vision.width)
         masked_input = config.masking.masked_input if config.num_masked else None
         self.sequence = PatchSequence(vision, masked_input)
-        self.ln_pre = nn.LayerNorm(vision.width)
+        self.ln_pre = LayerNorm(vision.width)
         self.blocks = nn.ModuleList(Block(vision.width, vision.heads, vision.mlp_ratio) for _ in range(vision.depth))
-        self.ln_post = nn.LayerNorm(vision.width)
+        self.ln_post = LayerNorm(vision.width)
         nn.init.normal_(self.embed.proj.weight, std=vision.patch_values**-0.5)
         init_blocks(self.blocks, vision.width, vision.depth)
 
