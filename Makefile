@@ -5,6 +5,7 @@
 # make check       style
 # make docs        the site, into site/
 # make bench       benchmarks at the sizes of this machine
+# make gpu-step   the whole training step on such a machine, unattended
 # make gpu-test, gpu-bench   on a machine with a CUDA device and its own environment: tests, then every measurement
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ SECOND_TRITON := 3.6.0
 export TRITON_ALT := $(CURDIR)/$(VENV)/triton-$(SECOND_TRITON)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train test test-runs test-full check docs bench gpu-test gpu-bench clean
+.PHONY: setup train test test-runs test-full check docs bench gpu-test gpu-bench gpu-step clean
 
 train: $(VENV)/.ready
 	deepspeed train/pretrain.py --config ds_zero2.json
@@ -45,6 +46,9 @@ gpu-test:
 
 gpu-bench:
 	$(PYTHON) -m bench.gpu
+
+gpu-step:
+	$(PYTHON) -m bench.gpu --only step
 
 setup: $(VENV)/.ready $(VENV)/.triton
 

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from bench import contrastive, masking, rows
+from bench import contrastive, masking, rows, step
 
 FILE = "gpu"
 STAGE_SECONDS = 530
@@ -40,6 +40,13 @@ def _repeats() -> None:
     rows.write(FILE, operator="fused_itc_loss", case="100 runs", B=B, D=D, dtype="bfloat16", different_runs=different)
 
 
+def _step(preset: str, B: int, *, recompute: bool = False, names: tuple[str, ...] = ("sycoca", "coca")) -> None:
+    tokens = step.captions("scenes", B, preset)
+    with step.started(list(names), {"": step.ROOT}, preset, tokens, recompute=recompute) as contestants:
+        found = step.measure(contestants, tokens, preset, rounds=10, captions="scenes", file=FILE)
+    print("\n".join(step.lines(found)))
+
+
 # name -> measurement; in the order in which they run.
 STAGES: dict[str, Callable[[], object]] = {
     **{f"itc 65536 x {D}": partial(_itc, 65536, D, rounds=10) for D in WIDTHS},
@@ -51,6 +58,13 @@ STAGES: dict[str, Callable[[], object]] = {
     "siglip 65536": lambda: contrastive.measure_siglip(65536, 768, torch.bfloat16, _device(), rounds=10, file=FILE),
     **{f"itc sweep {B}": partial(_itc, B, 768, rounds=20 if B <= 32768 else 5) for B in SWEEP},
     "itc 1048576": partial(_itc, 1048576, 768, peers=(), rounds=2),
+    "step base_16 2048": partial(_step, "base_16", 2048),
+    "step base_16 2048 recomputed": partial(_step, "base_16", 2048, recompute=True),
+    "step base_16 256 beside open_clip": partial(_step, "base_16", 256, names=("coca", "open_clip")),
+    **{
+        f"step base_16 {B} recomputed, memory": partial(_step, "base_16", B, recompute=True, names=("sycoca",))
+        for B in (4096, 8192)
+    },
     "itc fp32 16384": partial(_itc, 16384, 512, dtype=torch.float32, rounds=5),
 }
 

@@ -203,6 +203,7 @@ class ModelConfig(Strict):
     logit_scale_init: float = 1 / 0.07
     logit_scale_max: float = 100.0
     gradient_checkpointing: bool = False
+    selective_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "embed_dim", "logit_scale_init", "logit_scale_max")
@@ -245,6 +246,13 @@ class ModelConfig(Strict):
     def selects(self) -> bool:
         """Whether any patch is ever selected; without it the model is CoCa."""
         return self.num_masked > 0 or self.num_dropped > 0
+
+    @property
+    def recompute(self) -> Literal["nothing", "blocks", "all but products"]:
+        """What backward computes again instead of keeping it."""
+        if self.selective_checkpointing:
+            return "all but products"
+        return "blocks" if self.gradient_checkpointing else "nothing"
 
     @property
     def local_weight(self) -> float:

@@ -45,7 +45,8 @@ class CaptionDecoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         decoder, width = config.caption_decoder, config.text.width
-        self.recompute = config.gradient_checkpointing
+        self.recompute = config.recompute
+        self.packs = True
         self.blocks = nn.ModuleList()
         for _ in range(decoder.depth):
             self.blocks.append(Block(width, decoder.heads, decoder.mlp_ratio, causal=True))
@@ -55,7 +56,7 @@ class CaptionDecoder(nn.Module):
 
     def forward(self, words: Tensor, patches: Tensor, labels: Tensor | None = None) -> Tensor:
         """As `VocabularyHead`, from words (B, T, D) and the patches (B, K, D') that captioning sees."""
-        packing = Packing.of(labels >= 0) if labels is not None else None
+        packing = Packing.of(labels >= 0) if labels is not None and self.packs else None
         if packing is None:
             return self.head(self.states(words, patches), labels)
         x = self.states(packing.pack(words), patches, packing)
@@ -105,7 +106,7 @@ class ImageDecoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         decoder, vision = config.image_decoder, config.vision
-        self.recompute = config.gradient_checkpointing
+        self.recompute = config.recompute
         self.num_patches = vision.num_patches
         self.embed = nn.Linear(vision.width, decoder.width)
         self.pos = nn.Parameter(position_table(vision.grid, decoder.width))

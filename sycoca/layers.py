@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sycoca import fused_mlp
 from sycoca.packing import Packing
@@ -215,11 +215,27 @@ def position_table(grid: tuple[int, int], width: int) -> Tensor:
     return 0.5 * torch.cat([wave(a) for a in angles for wave in (torch.sin, torch.cos)], dim=1)[:, :width]
 
 
-def run_block(block: nn.Module, *args: Tensor | Packing | None, recompute: bool) -> Tensor:
-    """Output of a block, its activations kept for backward or computed again there."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False)
-    return block(*args)
+def run_block(block: nn.Module, *args: Tensor | Packing | None, recompute: str) -> Tensor:
+    """Output of a block; `recompute` says what backward computes again, in the words of `ModelConfig.recompute`."""
+    if recompute == "nothing" or not torch.is_grad_enabled():
+        return block(*args)
+    contexts = {} if recompute == "blocks" else {"context_fn": _keeping_products}
+    return checkpoint(block, *args, use_reentrant=False, **contexts)
+
+
+def _keeping_products():
+    aten = torch.ops.aten
+    return create_selective_checkpoint_contexts(
+        [
+            aten.mm.default,
+            aten.addmm.default,
+            aten.bmm.default,
+            aten.baddbmm.default,
+            aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_efficient_attention.default,
+            aten._scaled_dot_product_cudnn_attention.default,
+        ]
+    )
 
 
 def init_blocks(blocks: nn.Module, width: int, depth: int) -> None:

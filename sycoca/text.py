@@ -63,7 +63,8 @@ class TextEncoder(nn.Module):
         super().__init__()
         text = config.text
         self.config = text
-        self.recompute = config.gradient_checkpointing
+        self.recompute = config.recompute
+        self.packs = True
         self.sequence = TokenSequence(text)
         self.blocks = nn.ModuleList(
             Block(text.width, text.heads, text.mlp_ratio, causal=True) for _ in range(text.depth)
@@ -75,10 +76,9 @@ class TextEncoder(nn.Module):
         valid = valid_tokens(tokens, self.config)
         lengths = valid.sum(1)
         x = self.sequence(tokens, lengths)
-        if packing := Packing.of(torch.arange(x.shape[1], device=x.device) <= lengths[:, None]):
-            x = packing.unpack(self._run(packing.pack(x), packing))
-        else:
-            x = self._run(x)
+        keep = torch.arange(x.shape[1], device=x.device) <= lengths[:, None]
+        packing = Packing.of(keep) if self.packs else None
+        x = self._run(x) if packing is None else packing.unpack(self._run(packing.pack(x), packing))
         cls = x.gather(1, lengths[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
         return EncodedText(self.ln_final(cls), x[:, :-1], valid)
 

@@ -72,7 +72,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         vision = config.vision
-        self.recompute = config.gradient_checkpointing
+        self.recompute = config.recompute
         self.wants_values = config.selects and config.masking.score_space == "value"
         self.embed = PatchEmbedding(vision.patch_size, vision.width)
         masked_input = config.masking.masked_input if config.num_masked else None

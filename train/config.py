@@ -93,7 +93,10 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """Exactly one of `steps` and `epochs` is set. `micro_batch` is the number of pairs a rank takes at once."""
+    """Exactly one of `steps` and `epochs` is set. `micro_batch` is the number of pairs a rank takes at once.
+
+    `compile` compiles the blocks, which takes minutes before the first step.
+    """
 
     steps: int | None = None
     epochs: float | None = None
@@ -105,6 +108,7 @@ class TrainConfig(Section):
     save_every: int = 1000
     keep_last: int = 3
     timeout_s: float = 1800.0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _at_least(self, steps=1, micro_batch=1, accumulation=1, log_every=1, save_every=1, keep_last=1)

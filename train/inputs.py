@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sycoca.config import ConfigError
 from sycoca.model import Batch
@@ -52,7 +53,8 @@ class Inputs(NamedTuple):
         # Skips found while training belong beside those found while opening.
         loader.skipped = self.train.skipped
         for loaded in loader:
-            batch = Batch(*(part.to(device, non_blocking=True) for part in loaded[:4]))
+            trimmed = loaded._replace(tokens=trim(loaded.tokens, config.model.text.pad_id))
+            batch = Batch(*(part.to(device, non_blocking=True) for part in trimmed[:4]))
             # Only a stand-in for an unreadable image can bring the same sample twice, and scenes have none.
             yield batch._replace(ids=None) if self.train.fresh else batch
 
@@ -64,6 +66,16 @@ class Inputs(NamedTuple):
             for key, cause in part.items():
                 self.train.skipped.sample(key, cause)
         return self.train.skipped.line()
+
+
+def trim(tokens: Tensor, pad_id: int) -> Tensor:
+    """Tokens (B, T) on the host without the padding that all captions share, T a multiple of 8 where there is room.
+
+    Who is in a batch does not depend on lengths, and padding takes no part in any loss.
+    """
+    filled = (tokens != pad_id).any(0).nonzero()
+    longest = int(filled[-1]) + 1 if len(filled) else 1
+    return tokens[:, : min(tokens.shape[1], max(8, -(-longest // 8) * 8))].contiguous()
 
 
 def open_inputs(launch: Launch, *, rank: int, world: int) -> Inputs:

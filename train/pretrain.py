@@ -21,7 +21,7 @@ from train.launch import Launch, parse
 
 def pretrain(launch: Launch) -> None:
     """Trains from the launch's checked configuration to its last step, then evaluates on held-out pairs."""
-    from train.engine import import_deepspeed, quiet_environment, start_process_group
+    from train.engine import compile_blocks, import_deepspeed, quiet_environment, start_process_group
 
     quiet_environment(has_cuda())
     deepspeed = import_deepspeed()
@@ -48,6 +48,8 @@ def pretrain(launch: Launch) -> None:
     torch.manual_seed(train.seed)
     with deepspeed.zero.Init(config_dict_or_path=launch.deepspeed, enabled=stage == 3):
         model = SyCoCa(config.model)
+    if train.compile:
+        compile_blocks(deepspeed, model, stage)
     optimizer = build_optimizer(parameter_groups(model, config.optimizer.weight_decay), config.optimizer)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=launch.deepspeed)
     if launch.resume:

@@ -26,9 +26,9 @@ def _step(lengths: list[int], plan, **changes) -> tuple[list[float], dict[str, t
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [{}, {"gradient_checkpointing": True}, {"selective_checkpointing": True}])
 def test_losses_and_gradients_are_those_of_padded_captions(lengths, recompute, monkeypatch):
-    losses, grads = _step(lengths, ATTENTIVE, gradient_checkpointing=recompute)
+    losses, grads = _step(lengths, ATTENTIVE, **recompute)
     monkeypatch.setattr(Packing, "of", lambda keep: None)
     monkeypatch.setattr(fused_mlp, "fits", lambda x, weight: False)
     plain_losses, plain_grads = _step(lengths, ATTENTIVE)

@@ -11,7 +11,7 @@ from sycoca.model import SyCoCa, parameter_groups
 from tests.ranks import run_ranks
 from tests.sycoca.micro import ATTENTIVE, batch, build, micro
 from train.config import OptimizerConfig
-from train.engine import import_deepspeed
+from train.engine import compile_blocks, import_deepspeed
 from train.optim import build_optimizer
 
 # With so large an epsilon AdamW's step is nearly proportional to the gradient, so that an error in it shows.
@@ -20,8 +20,8 @@ STEPS = 2
 LENGTHS = [3, 7, 1, 5]
 
 
-def _model(scale: float) -> SyCoCa:
-    model = build(micro())
+def _model(scale: float, **changes) -> SyCoCa:
+    model = build(micro(**changes))
     with torch.no_grad():
         model.logit_scale.log_scale.fill_(math.log(scale))
     return model
@@ -37,12 +37,17 @@ def _plain(scale: float) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def _under_zero(rank: int, world: int, stage: int, scale: float, extra: dict) -> tuple[dict, float]:
+def _under_zero(
+    rank: int, world: int, stage: int, scale: float, extra: dict, compiled: bool = False, **changes
+) -> tuple[dict, float]:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     deepspeed = import_deepspeed()
     from deepspeed.utils import safe_get_full_fp32_param
 
-    model = _model(scale)
+    model = _model(scale, **changes)
+    if compiled:
+        # The whole way of a compiled block but the compiler at its end, which takes minutes.
+        compile_blocks(deepspeed, model, stage, backend="aot_eager")
     optimizer = build_optimizer(parameter_groups(model, OPTIMIZER.weight_decay), OPTIMIZER)
     share = len(LENGTHS) // world
     config = {
@@ -79,6 +84,18 @@ def test_two_ranks_take_the_steps_of_one_process(stage):
             torch.testing.assert_close(
                 found[name], value, rtol=1e-5, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}"
             )
+
+
+def _compiled_under_zero(rank: int, world: int, stage: int) -> dict:
+    return _under_zero(rank, world, stage, 14.0, {}, compiled=True, gradient_checkpointing=True)[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_compiled_and_checkpointed_blocks_take_the_same_steps(stage):
+    expected = _plain(scale=14.0)
+    (found,) = run_ranks(_compiled_under_zero, 1, stage, timeout_s=120)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import sys
+import types
 
 import pytest
 import torch
 
 from train.config import OptimizerConfig, ScheduleConfig
-from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from train.optim import adamw_class, build_optimizer, learning_rate_factor, set_learning_rate
 
 
 def factors(name, total=100, **options):
@@ -57,3 +59,68 @@ def test_clamp_acts_after_the_step_and_only_on_its_group():
     optimizer.step()
     assert scale.item() == pytest.approx(math.log(100.0)) and scale.item() <= math.log(100.0) + 1e-6
     assert other.item() > 8.9
+
+
+def _trajectory(make, steps: int = 20) -> list[torch.Tensor]:
+    """Parameters after AdamW steps on a quadratic whose minimum moves."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (7, 64)]
+    optimizer = make([{"params": parameters[:1]}, {"params": parameters[1:], "weight_decay": 0.0}])
+    for step in range(steps):
+        optimizer.zero_grad()
+        sum((p - math.sin(step)).square().sum() for p in parameters).backward()
+        optimizer.step()
+    return [p.detach() for p in parameters]
+
+
+def test_the_fused_optimizer_takes_the_trajectory_of_the_plain_one():
+    options = {"lr": 0.05, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
+    plain = _trajectory(lambda groups: torch.optim.AdamW(groups, foreach=False, fused=False, **options))
+    config = OptimizerConfig(lr=0.05, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    for got, expected in zip(_trajectory(lambda groups: build_optimizer(groups, config)), plain, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def _modules(monkeypatch, **members) -> type:
+    """Stand-ins for compiled packages; the class that they hand out."""
+    fused = type("FusedAdam", (torch.optim.AdamW,), {})
+    for name in members["names"]:
+        module = types.ModuleType(name)
+        module.FusedAdam = fused
+        monkeypatch.setitem(sys.modules, name, module)
+    return fused
+
+
+def test_on_cuda_nvidias_apex_comes_first_and_its_namesake_is_not_taken(monkeypatch):
+    fused = _modules(monkeypatch, names=["apex", "apex.optimizers"])
+    monkeypatch.setitem(sys.modules, "amp_C", None)
+    assert adamw_class(on_cuda=True).func is torch.optim.AdamW
+    monkeypatch.setitem(sys.modules, "amp_C", types.ModuleType("amp_C"))
+    assert adamw_class(on_cuda=True).func is fused
+    assert adamw_class(on_cuda=False).func is torch.optim.AdamW
+
+
+def test_on_cuda_deepspeeds_is_taken_where_it_was_built(monkeypatch):
+    monkeypatch.setitem(sys.modules, "amp_C", None)
+    built = types.ModuleType("deepspeed.git_version_info")
+    built.installed_ops = {"fused_adam": True}
+    monkeypatch.setitem(sys.modules, "deepspeed.git_version_info", built)
+    fused = _modules(monkeypatch, names=["deepspeed.ops.adam"])
+    assert adamw_class(on_cuda=True).func is fused
+    built.installed_ops = {"fused_adam": False}
+    assert adamw_class(on_cuda=True).func is torch.optim.AdamW
+
+
+@pytest.mark.gpu
+def test_every_optimizer_at_hand_takes_the_trajectory_of_the_plain_one_on_cuda():
+    options = {"lr": 0.05, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
+    plain = _trajectory(lambda groups: torch.optim.AdamW(groups, foreach=False, fused=False, **options))
+
+    def on_cuda(groups):
+        for group in groups:
+            for p in group["params"]:
+                p.data = p.data.cuda()
+        return adamw_class(on_cuda=True)(groups, **options)
+
+    for got, expected in zip(_trajectory(on_cuda), plain, strict=True):
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-6)
