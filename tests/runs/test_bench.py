@@ -1,5 +1,6 @@
-"""The benchmark command of the README, at the sizes of this machine."""
+"""The benchmark commands, at the sizes of this machine."""
 
+import json
 import time
 
 import pytest
@@ -14,3 +15,26 @@ def test_benchmarks_run_within_three_minutes(command):
     for name in ("test_step", "test_itc"):
         assert name in done.out
     assert time.monotonic() - started < 180
+
+
+def test_the_whole_step_is_measured_beside_open_clip(command, checkout, tmp_path):
+    done = command(
+        f"python -m bench.step --preset tiny --pairs 8 --rounds 1 --against {checkout}",
+        env={"BENCH_RESULTS": str(tmp_path)},
+    )
+    assert done.code == 0, done.err[-3000:]
+    rows = {row["case"]: row for row in map(json.loads, (tmp_path / "step.jsonl").read_text().splitlines())}
+    assert rows.keys() == {"sycoca", "coca", "open_clip", "sycoca@before", "coca@before"}
+    for name in ("sycoca", "coca"):
+        assert rows[name]["first_loss"] == pytest.approx(rows[f"{name}@before"]["first_loss"], rel=1e-5)
+    # A second pass and a second decoder cost something, but less than the first ones.
+    assert rows["coca"]["tflops"] < rows["sycoca"]["tflops"] < 2.5 * rows["coca"]["tflops"]
+    assert rows["open_clip"]["tflops"] == pytest.approx(rows["coca"]["tflops"], rel=0.25)
+    assert all(row["pairs_per_s"] > 0 and row["peak_mib"] > 0 for row in rows.values())
+    assert 0 < rows["sycoca"]["mfu"] < 1.2
+    assert "of open_clip's" in done.out and "times the FLOPs" in done.out
+
+
+def test_a_step_refuses_what_is_no_checkout(command):
+    done = command("python -m bench.step --against tests")
+    assert done.code == 2 and done.err.strip().endswith("--against tests: no checkout of this project")
