@@ -185,11 +185,12 @@ def flops(step) -> int:
         with contextlib.suppress(ImportError):
             from unittest.mock import patch
 
-            from sycoca import fused_mlp
+            from sycoca import cpu_attention, fused_mlp
             from sycoca.packing import Packing
 
             stack.enter_context(patch.object(Packing, "of", lambda keep: None))
             stack.enter_context(patch.object(fused_mlp, "fits", lambda x, weight: False))
+            stack.enter_context(patch.object(cpu_attention, "fits", lambda x: False))
         counter = stack.enter_context(FlopCounterMode(display=False))
         step()
     return counter.get_total_flops()

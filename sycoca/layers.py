@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from sycoca import fused_mlp
+from sycoca import cpu_attention, fused_mlp
 from sycoca.packing import Packing
 
 
@@ -90,11 +90,16 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, past: Past | None = None, packing: Packing | None = None) -> Tensor:
         qkv = self.qkv(x)
-        q, k, v = self._split(qkv if packing is None else packing.unpack(qkv))
-        if past is not None:
-            k, v = past.extend(KeysValues(k, v))
-        # A single query is the last of its keys.
-        attended = attend(q, k, v, causal=self.causal and q.shape[2] > 1)
+        if packing is not None:
+            qkv = packing.unpack(qkv)
+        if past is None and cpu_attention.fits(qkv):
+            attended = cpu_attention.self_attention(qkv, self.heads, self.causal)
+        else:
+            q, k, v = self._split(qkv)
+            if past is not None:
+                k, v = past.extend(KeysValues(k, v))
+            # A single query is the last of its keys.
+            attended = attend(q, k, v, causal=self.causal and q.shape[2] > 1)
         return self.out(attended if packing is None else packing.pack(attended))
 
     def values(self, x: Tensor) -> Tensor:
@@ -126,10 +131,12 @@ class CrossAttention(nn.Module):
         q = self.q(x)
         if packing is not None:
             q = packing.unpack(q)
-        B, N, D = q.shape
-        q = q.view(B, N, self.heads, D // self.heads).transpose(1, 2)
-        k, v = memory if isinstance(memory, KeysValues) else self.look_up(memory)
-        attended = attend(q, k, v, valid=valid)
+        if isinstance(memory, Tensor) and cpu_attention.fits(q):
+            attended = cpu_attention.cross_attention(q, self.kv(memory), self.heads, valid)
+        else:
+            B, N, D = q.shape
+            k, v = memory if isinstance(memory, KeysValues) else self.look_up(memory)
+            attended = attend(q.view(B, N, self.heads, D // self.heads).transpose(1, 2), k, v, valid=valid)
         return self.out(attended if packing is None else packing.pack(attended))
 
     def look_up(self, memory: Tensor) -> KeysValues:

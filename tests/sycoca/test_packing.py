@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sycoca import fused_mlp
+from sycoca import cpu_attention, fused_mlp
 from sycoca.layers import MLP
 from sycoca.model import SyCoCa
 from sycoca.packing import Packing
@@ -31,6 +31,7 @@ def test_losses_and_gradients_are_those_of_padded_captions(lengths, recompute, m
     losses, grads = _step(lengths, ATTENTIVE, **recompute)
     monkeypatch.setattr(Packing, "of", lambda keep: None)
     monkeypatch.setattr(fused_mlp, "fits", lambda x, weight: False)
+    monkeypatch.setattr(cpu_attention, "fits", lambda x: False)
     plain_losses, plain_grads = _step(lengths, ATTENTIVE)
     assert losses == pytest.approx(plain_losses, rel=1e-6)
     assert grads.keys() == plain_grads.keys()
@@ -89,6 +90,51 @@ def test_blocked_mlp_keeps_one_hidden_array():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         mlp(torch.randn(2048, 16, requires_grad=True))
     assert held == 2048 * 64
+
+
+def _attended(forms, inputs, dy):
+    y = forms(*inputs)
+    return [y, *torch.autograd.grad(y, inputs, dy)]
+
+
+# One sample, and more than a block holds.
+@pytest.mark.parametrize("B", [1, 7])
+@pytest.mark.parametrize("form", ["self", "causal", "cross", "cross with padding"])
+def test_blocked_attention_is_the_plain_one(B, form, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "_BLOCK_VALUES", 2 * 5 * 6)
+    generator = torch.Generator().manual_seed(0)
+    heads, N, D, M = 2, 5, 6, 4 if form.startswith("cross") else 5
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    def split(x, parts):
+        return x.view(*x.shape[:2], parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    dy, valid = random(B, N, D).detach(), None
+    if form.startswith("cross"):
+        inputs = [random(B, N, D), random(B, M, 2 * D)]
+        if "padding" in form:
+            valid = torch.arange(M) < torch.randint(1, M + 1, (B, 1), generator=generator)
+
+        def blocked(q, kv):
+            return cpu_attention.cross_attention(q, kv, heads, valid)
+
+        def plain(q, kv):
+            keep = None if valid is None else valid[:, None, None]
+            return F.scaled_dot_product_attention(*split(q, 1), *split(kv, 2), attn_mask=keep)
+    else:
+        inputs = [random(B, N, 3 * D)]
+
+        def blocked(qkv):
+            return cpu_attention.self_attention(qkv, heads, form == "causal")
+
+        def plain(qkv):
+            return F.scaled_dot_product_attention(*split(qkv, 3), is_causal=form == "causal")
+
+    expected = _attended(lambda *x: plain(*x).transpose(1, 2).flatten(2), inputs, dy)
+    for got, want in zip(_attended(blocked, inputs, dy), expected, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_blocked_mlp_leaves_autocast_to_the_plain_one():
