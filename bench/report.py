@@ -168,7 +168,7 @@ def _cells(row: Row) -> list[str]:
     else:
         share = f"{row['over_products']:.2f} x products" if "over_products" in row else ""
     peak = f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""
-    spread = f"{row['p20_ms']:.3g}-{row['p80_ms']:.3g}"
+    spread = f"{row['p20_ms']:.3g}-{row['p80_ms']:.3g}" if "p20_ms" in row else ""
     where = _where(row), row["commit"]
     return [
         row["operator"],

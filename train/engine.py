@@ -57,21 +57,20 @@ def import_deepspeed():
     return deepspeed
 
 
-def compile_blocks(deepspeed, model, stage: int, backend: str = "inductor") -> None:
+def compile_blocks(model, backend: str = "inductor") -> None:
     """Compiles the forward of every block in place; call it between the making of the model and the engine's.
 
-    Under ZeRO 3 a block becomes the unit that is gathered, so that no hook of DeepSpeed's stands inside compiled code.
+    Under ZeRO 3 the code is compiled in pieces, between the hooks that gather each layer's weights. Gathering whole
+    blocks instead is no way out: DeepSpeed's leaf modules reduce a gradient once per call, and both image passes call
+    the same blocks.
     """
     import torch
 
     from sycoca.decoders import ImageDecoderLayer
     from sycoca.layers import Block, CrossBlock
 
-    kinds = [Block, CrossBlock, ImageDecoderLayer]
-    if stage == 3:
-        deepspeed.utils.set_z3_leaf_modules(model, [k for k in kinds if any(type(m) is k for m in model.modules())])
     for module in model.modules():
-        if isinstance(module, tuple(kinds)):
+        if isinstance(module, Block | CrossBlock | ImageDecoderLayer):
             module.forward = torch.compile(module.forward, backend=backend)
         elif hasattr(module, "packs"):
             # The number of packed rows differs from batch to batch; compiled blocks want few shapes.

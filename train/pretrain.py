@@ -49,7 +49,7 @@ def pretrain(launch: Launch) -> None:
     with deepspeed.zero.Init(config_dict_or_path=launch.deepspeed, enabled=stage == 3):
         model = SyCoCa(config.model)
     if train.compile:
-        compile_blocks(deepspeed, model, stage)
+        compile_blocks(model)
     optimizer = build_optimizer(parameter_groups(model, config.optimizer.weight_decay), config.optimizer)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=launch.deepspeed)
     if launch.resume:
