@@ -17,6 +17,9 @@ _HOME = {
     "Tokenizer": "tokenizer",
     "load_images": "images",
     "save_overlay": "visualize",
+    "Pretrained": "hub",
+    "WeightsError": "weights",
+    "load_pretrained": "hub",
 }
 __all__ = sorted(_HOME)
 

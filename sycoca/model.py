@@ -24,6 +24,7 @@ from kernels import (
 )
 from sycoca.config import ModelConfig
 from sycoca.decoders import CaptionDecoder, ImageDecoder, VocabularyHead
+from sycoca.hub_mixin import HubMixin
 from sycoca.layers import LayerNorm, LogitScale
 from sycoca.losses import global_counts, local_loss
 from sycoca.masking import StepPlan, overlap, select_at_random, select_by_score, step_plan
@@ -117,7 +118,7 @@ class LocalHeads(nn.Module):
         return _unit(self.image(patches)), _unit(self.text(self.ln_text(words)))
 
 
-class SyCoCa(nn.Module):
+class SyCoCa(nn.Module, HubMixin):
     """The model of a configuration, parts that no objective needs left out.
 
     Args:

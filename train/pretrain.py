@@ -31,6 +31,7 @@ def pretrain(launch: Launch) -> None:
     from sycoca.masking import step_plan
     from sycoca.model import SyCoCa, parameter_groups
     from train.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+    from train.export import export
     from train.inputs import open_inputs
     from train.metrics import RunLog, Timing, trained_losses
     from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
@@ -86,6 +87,8 @@ def pretrain(launch: Launch) -> None:
             log.flush()
             save_checkpoint(engine, run_dir, step=step + 1, keep=train.keep_last)
     log.close()
+    if rank == 0:
+        export(run_dir, run_dir / "model")
     if line := inputs.left_out():
         log.say(line)
     evaluate_at_end(engine, launch, inputs, device, group)

@@ -1,0 +1,115 @@
+"""Models by name: from a folder, a run, a weight file or the hub."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sycoca.checked import nearest
+from sycoca.config import ModelConfig
+from sycoca.hub_mixin import (
+    CONFIG,
+    PREPROCESSING,
+    TOKENIZER,
+    WEIGHTS,
+    check_normalisation,
+    read_config,
+    read_json,
+)
+from sycoca.model import SyCoCa
+from sycoca.tokenizer import Tokenizer
+from sycoca.weights import WeightsError, load_into, read_weights, resize_positions
+
+
+class Pretrained(NamedTuple):
+    """A model in evaluation mode, the tokenizer it was trained with, and its configuration."""
+
+    model: SyCoCa
+    tokenizer: Tokenizer
+    config: ModelConfig
+
+
+def load_pretrained(
+    name_or_path: str | os.PathLike,
+    *,
+    device: torch.device | str = "cpu",
+    image_size: int | None = None,
+) -> Pretrained:
+    """A trained model, ready for use.
+
+    Args:
+        name_or_path: a folder of `save_pretrained`, the folder of a run, or a repository of the hub ("owner/name").
+        device: where the model computes.
+        image_size: pixels, a multiple of the patch size, where it shall differ from the one the model was trained at;
+            positions are interpolated.
+
+    Returns:
+        The model in fp32, its tokenizer and its configuration.
+
+    Raises:
+        WeightsError: nothing there, or not such a model; one line.
+    """
+    folder = _folder(name_or_path)
+    config = read_config(folder / CONFIG)
+    if (folder / PREPROCESSING).is_file():
+        how = read_json(folder / PREPROCESSING)
+        check_normalisation(folder / PREPROCESSING, how.get("image_mean"), how.get("image_std"))
+    tokenizer = read_tokenizer(folder, config)
+    model = build(read_weights(folder / WEIGHTS), config, tokenizer, source=str(folder), image_size=image_size)
+    return Pretrained(model.to(device).eval(), tokenizer, model.config)
+
+
+def build(
+    state: dict, config: ModelConfig, tokenizer: Tokenizer, *, source: str, image_size: int | None = None
+) -> SyCoCa:
+    """The model of a configuration with the given weights, its positions fitted to the image size."""
+    if image_size is not None and image_size != config.vision.image_size:
+        config = replace(config, vision=replace(config.vision, image_size=image_size))
+        for name in ("vision.sequence.pos", "image_decoder.pos"):
+            if name in state:
+                state[name] = resize_positions(state[name], config.vision.grid)
+    # No memory is filled twice: every parameter becomes the tensor that was read.
+    with torch.device("meta"):
+        model = SyCoCa(config)
+    load_into(model, state, source=source)
+    model.tokenizer = tokenizer
+    return model
+
+
+def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer in a folder; refused where its ids mean something else to the model."""
+    try:
+        tokenizer = Tokenizer.load(folder / TOKENIZER)
+    except ValueError as error:
+        raise WeightsError(str(error)) from None
+    text = config.text
+    ids, wanted = (tokenizer.pad_id, tokenizer.sot_id, tokenizer.eot_id), (text.pad_id, text.sot_id, text.eot_id)
+    if tokenizer.vocab_size > text.vocab_size or ids != wanted:
+        raise WeightsError(
+            f"{folder / TOKENIZER}: {tokenizer.vocab_size} entries and the special ids {ids}, "
+            f"the model has {text.vocab_size} and {wanted}"
+        )
+    return tokenizer
+
+
+def _folder(name_or_path: str | os.PathLike) -> Path:
+    """The folder that holds the model; that of a run, or of the hub, where such is named."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
+            return path
+        if (path / "model" / CONFIG).is_file():
+            return path / "model"
+        if (path / "checkpoints").is_dir():
+            raise WeightsError(
+                f"{path}: a run without model/; make it with: python -m train.export {path} {path}/model"
+            )
+        missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
+        raise WeightsError(f"{path}: no {' and no '.join(missing)} in this folder")
+    if path.exists():
+        raise WeightsError(f"{path}: a file; a model is a folder with {CONFIG} and {WEIGHTS}")
+    parent = path.parent
+    known = [str(other) for other in parent.iterdir() if other.is_dir()] if parent.is_dir() else []
+    raise WeightsError(f"{path}: no such folder{nearest(str(path), known)}")
