@@ -87,7 +87,7 @@ def load(args: argparse.Namespace) -> Any:
         raise UserError(f"--model: {told}") from None
     except (ValueError, KeyError, ImportError) as error:
         told = str(error.args[0] if error.args else error).strip().splitlines()[0]
-        raise UserError(f"--model {name}: {told}") from None
+        raise UserError(f"--model {told if told.startswith(str(name)) else f'{name}: {told}'}") from None
 
 
 def pick_device(name: str | None) -> Any:
