@@ -21,7 +21,7 @@ from train.tasks.launch import Tuning, parse
 
 def finetune(tuning: Tuning) -> None:
     """Judges the model as it is, trains it to the last step, leaves it in the run's folder and judges it again."""
-    from train.engine import import_deepspeed, quiet_environment, start_process_group
+    from train.engine import compile_blocks, import_deepspeed, quiet_environment, start_process_group
 
     quiet_environment(has_cuda())
     deepspeed = import_deepspeed()
@@ -56,6 +56,8 @@ def finetune(tuning: Tuning) -> None:
     first_step = newest_checkpoint(run_dir) if tuning.resume else 0
     plan = build_objective(tuning, model, tokenizer, device)
     objective = plan.objective.train()
+    if train.compile:
+        compile_blocks(objective)
     optimizer = build_optimizer(training_groups(objective, config), config.optimizer)
     engine, optimizer, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, config=tuning.deepspeed)
     if tuning.resume:
