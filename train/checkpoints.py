@@ -1,57 +1,294 @@
-"""Checkpoints of a run: written beside, renamed into place, the last few kept.
+"""Checkpoints of a run: written beside, renamed into place by all ranks or none; the newest sound one is read.
 
-A checkpoint is DeepSpeed's (any ZeRO stage) plus the integers that the data order and the schedules need.
+A checkpoint is DeepSpeed's (any ZeRO stage) plus the integers that the data order and the schedules need, plus a
+manifest. The folder of a run has to be visible to all ranks.
 """
 
+import contextlib
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from train.checkpoint_files import CheckpointError, DurableFiles, read
+from train.config import TrainConfig
+from train.durable import Fault, faults, read_manifest, record, sync, write_atomically, write_manifest
 from train.run_folder import checkpoint_steps
 
+_PARTIAL = ".partial"
+_UNIVERSAL = ".universal"
 
-def newest_checkpoint(run_dir: Path) -> int:
-    """Step of the newest complete checkpoint.
+
+def tag(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def prepare(engine: Any, *, trusted: bool = False) -> None:
+    """Makes a DeepSpeed engine write and read its files as this module needs them."""
+    engine.checkpoint_engine = DurableFiles(engine._config, trusted=trusted)
+    # A checkpoint holds data; train.export makes weights of it, without a script that lies beside them.
+    engine._copy_recovery_script = lambda folder: None
+
+
+class Kept(NamedTuple):
+    """Which checkpoints stay: the last `last` ones, and every one whose step `every` divides."""
+
+    last: int
+    every: int | None = None
+
+    def dropped(self, steps: list[int]) -> list[int]:
+        """Of ascending steps, those that go."""
+        return [step for step in steps[: -self.last] if not (self.every and step % self.every == 0)]
+
+
+def save_checkpoint(engine: Any, run_dir: Path, *, step: int, kept: Kept, facts: dict[str, Any] | None = None) -> Path:
+    """Saves the engine after `step` optimizer steps and drops older checkpoints. All ranks call it.
+
+    Args:
+        engine: DeepSpeed's, after `prepare`.
+        run_dir: the run's folder.
+        step: optimizer steps taken.
+        kept: which earlier checkpoints stay.
+        facts: plain data for the manifest.
+
+    Returns:
+        The folder of the checkpoint.
 
     Raises:
-        FileNotFoundError: the run has none.
+        CheckpointError: it could not be written; on all ranks alike, and earlier checkpoints are as they were.
     """
-    steps = checkpoint_steps(run_dir)
-    if not steps:
-        raise FileNotFoundError(f"{run_dir} holds no checkpoint")
-    return steps[-1]
+    folder, name = run_dir / "checkpoints", tag(step)
+    partial, first, files = folder / _PARTIAL, dist.get_rank() == 0, engine.checkpoint_engine
+    files.start()
+    if first:
+        with _noted(files):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    if not _agree(files.failure):
+        engine.save_checkpoint(str(partial), tag=name, client_state={"step": step}, save_latest=False)
+    parts: list[Any] = [None] * dist.get_world_size()
+    written = {path.relative_to(partial / name).as_posix(): record for path, record in files.written.items()}
+    dist.all_gather_object(parts, (written, files.failure))
+    if first and not any(failure for _, failure in parts):
+        with _noted(files):
+            everything = {file: record for part, _ in parts for file, record in part.items()}
+            body = {"step": step, "ranks": len(parts), "stage": engine.zero_optimization_stage(), **(facts or {})}
+            write_manifest(partial / name, body, everything)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(partial / name, folder / name)
+            sync(folder)
+            write_atomically(folder / "latest", name + "\n")
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+    if failure := _agree(files.failure):
+        raise CheckpointError(f"checkpoint {name} could not be written: {failure}")
+    if first:
+        # Steps behind this one belong to damaged checkpoints that training will write anew.
+        for old in kept.dropped([known for known in checkpoint_steps(run_dir) if known <= step]):
+            shutil.rmtree(folder / tag(old), ignore_errors=True)
+    return folder / name
 
 
-def save_checkpoint(engine, run_dir: Path, *, step: int, keep: int) -> Path:
-    """Saves the engine after `step` optimizer steps and keeps the last `keep` checkpoints. All ranks call it."""
+@contextlib.contextmanager
+def _noted(files: DurableFiles):
+    try:
+        yield
+    except OSError as error:
+        files.failure = files.failure or error.strerror
+
+
+def _agree(failure: str | None) -> str | None:
+    """The first rank's failure, known to all."""
+    told: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, failure)
+    return next((text for text in told if text), None)
+
+
+class Chosen(NamedTuple):
+    """A sound checkpoint, how it was written, and what was found wrong with newer ones."""
+
+    step: int
+    ranks: int
+    stage: int
+    facts: dict[str, Any]
+    damaged: dict[int, list[Fault]]
+
+
+def newest_sound(run_dir: Path) -> Chosen:
+    """The newest checkpoint whose files are those that were written.
+
+    Raises:
+        CheckpointError: the run has none; names what is wrong with each.
+    """
+    damaged: dict[int, list[Fault]] = {}
+    for step in reversed(checkpoint_steps(run_dir)):
+        folder = run_dir / "checkpoints" / tag(step)
+        found = faults(folder)
+        if not found:
+            facts = read_manifest(folder)
+            if facts.get("step") == step:
+                return Chosen(step, facts["ranks"], facts["stage"], facts, damaged)
+            found = [Fault("manifest.json", f"is that of step {facts.get('step')}")]
+        damaged[step] = found
+    if not damaged:
+        raise CheckpointError(f"{run_dir} holds no checkpoint")
+    raise CheckpointError(f"{run_dir}: every checkpoint is damaged, nothing is resumed: " + told(damaged))
+
+
+def told(damaged: dict[int, list[Fault]]) -> str:
+    """Damaged checkpoints in one line: the first file of each and how many more."""
+    return "; ".join(
+        f"{tag(step)}/{found[0]}" + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+        for step, found in damaged.items()
+    )
+
+
+def choose(run_dir: Path) -> Chosen:
+    """Rank 0's choice of a checkpoint, the same on all ranks. All ranks call it.
+
+    Raises:
+        CheckpointError: as `newest_sound`, on all ranks alike.
+    """
+    verdict: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            verdict = [newest_sound(run_dir)]
+        except (CheckpointError, OSError) as error:
+            verdict = [CheckpointError(str(error))]
+    dist.broadcast_object_list(verdict)
+    if isinstance(verdict[0], CheckpointError):
+        raise verdict[0]
+    return verdict[0]
+
+
+def load_checkpoint(engine: Any, run_dir: Path, step: int) -> None:
+    """Loads weights and optimizer state of the checkpoint at `step` into the engine. All ranks call it.
+
+    Raises:
+        CheckpointError: it holds more than data, or DeepSpeed found nothing to load.
+    """
+    _load(engine, run_dir / "checkpoints", tag(step), step)
+
+
+def _load(engine: Any, folder: Path, name: str, step: int) -> None:
+    # One rank that refuses a file must not leave the others in DeepSpeed's barriers.
+    failure = None
+    try:
+        path, state = engine.load_checkpoint(str(folder), tag=name)
+        if path is None or state.get("step") != step:
+            failure = f"{folder / name} could not be loaded"
+    except CheckpointError as error:
+        failure = str(error)
+    if failure := _agree(failure):
+        raise CheckpointError(failure)
+
+
+def load_reshaped(engine: Any, run_dir: Path, step: int, *, trusted: bool = False) -> None:
+    """Loads a checkpoint of another ZeRO stage or number of ranks, by way of DeepSpeed's universal form.
+
+    All ranks call it.
+
+    Raises:
+        CheckpointError: it holds more than data, or could not be converted.
+    """
     folder = run_dir / "checkpoints"
-    tag = f"step_{step:08d}"
-    partial = folder / ".partial"
-    is_first = dist.get_rank() == 0
-    if is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(partial), tag=tag, client_state={"step": step}, save_latest=False)
-    dist.barrier()
-    if is_first:
-        shutil.rmtree(folder / tag, ignore_errors=True)
-        os.replace(partial / tag, folder / tag)
-        shutil.rmtree(partial, ignore_errors=True)
-        for old in checkpoint_steps(run_dir)[:-keep]:
-            shutil.rmtree(folder / f"step_{old:08d}", ignore_errors=True)
-    dist.barrier()
-    return folder / tag
+    target, failure = folder / _UNIVERSAL / tag(step), None
+    if dist.get_rank() == 0:
+        try:
+            for path in sorted((folder / tag(step)).glob("*.pt")):
+                # The converter would read anything.
+                read(path, trusted=trusted)
+            _convert(folder / tag(step), target)
+        except (CheckpointError, OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+            failure = f"{tag(step)} could not be reshaped: {error}"
+    if failure := _agree(failure):
+        raise CheckpointError(failure)
+    engine._config.load_universal_checkpoint = True
+    try:
+        _load(engine, folder / _UNIVERSAL, tag(step), step)
+    finally:
+        engine._config.load_universal_checkpoint = False
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / _UNIVERSAL, ignore_errors=True)
 
 
-def load_checkpoint(engine, run_dir: Path, step: int) -> None:
-    """Loads weights and optimizer state of the checkpoint at `step` into the engine.
+def _convert(source: Path, target: Path) -> None:
+    from argparse import Namespace
+
+    from deepspeed.checkpoint import ds_to_universal
+
+    shutil.rmtree(target.parent, ignore_errors=True)
+    target.mkdir(parents=True)
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        ds_to_universal.main(
+            Namespace(input_folder=str(source), output_folder=str(target), inject_missing_state=True, **options)
+        )
+
+
+def resume(engine: Any, run_dir: Path, chosen: Chosen, *, tokenizer: str, trusted: bool = False) -> None:
+    """Brings an engine to where a run stood, on whatever ranks and ZeRO stage it has. All ranks call it.
 
     Raises:
-        RuntimeError: DeepSpeed found nothing to load, or a checkpoint of another step.
+        CheckpointError: the vocabulary is another than the run's, or the checkpoint cannot be read.
     """
-    path, state = engine.load_checkpoint(str(run_dir / "checkpoints"), tag=f"step_{step:08d}")
-    if path is None or state.get("step") != step:
-        raise RuntimeError(f"checkpoint step_{step:08d} in {run_dir} could not be loaded")
+    if chosen.facts.get("tokenizer", tokenizer) != tokenizer:
+        raise CheckpointError(f"{run_dir / 'tokenizer.json'}: is not the vocabulary that the run was trained with")
+    if (chosen.ranks, chosen.stage) == (dist.get_world_size(), engine.zero_optimization_stage()):
+        load_checkpoint(engine, run_dir, chosen.step)
+    else:
+        load_reshaped(engine, run_dir, chosen.step, trusted=trusted)
+
+
+class Saver:
+    """When and how a run is saved.
+
+    Args:
+        engine: DeepSpeed's, after `prepare`.
+        run_dir: the run's folder.
+        train: steps and minutes between checkpoints, and which are kept.
+        facts: plain data for every manifest.
+    """
+
+    def __init__(self, engine: Any, run_dir: Path, train: TrainConfig, facts: dict[str, Any]) -> None:
+        self._engine, self._run_dir, self._train, self._facts = engine, run_dir, train, facts
+        self._saved_s = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether this step is one of every `save_every`."""
+        return step % self._train.save_every == 0
+
+    def is_late(self) -> bool:
+        """Whether `save_minutes` have gone since the last checkpoint. Clocks of ranks differ: one of them decides."""
+        minutes = self._train.save_minutes
+        return minutes is not None and time.monotonic() - self._saved_s > 60 * minutes
+
+    def save(self, step: int, *, say: Callable[[str], None], must: bool) -> None:
+        """Saves after `step` optimizer steps. All ranks call it.
+
+        Args:
+            step: optimizer steps taken.
+            say: takes a line for people.
+            must: raise where it fails, rather than let the run go on with the checkpoints it has.
+
+        Raises:
+            CheckpointError: it failed and must not.
+        """
+        kept = Kept(self._train.keep_last, self._train.keep_every)
+        try:
+            save_checkpoint(self._engine, self._run_dir, step=step, kept=kept, facts=self._facts)
+        except CheckpointError as error:
+            if must:
+                raise
+            say(f"warning: {error}; the run goes on, earlier checkpoints are as they were")
+        self._saved_s = time.monotonic()
+
+
+def tokenizer_digest(run_dir: Path) -> str:
+    """What a run's vocabulary is recognised by."""
+    return record(run_dir / "tokenizer.json").sha256

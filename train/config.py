@@ -74,7 +74,8 @@ class ScheduleConfig(Section):
 class DataConfig(Section):
     """`train` and `val` are sources as `open_dataset` takes them; without `val` the training source's own val part.
 
-    `crop_scale` is the range of a random crop's share of the area; None crops the centre.
+    `crop_scale` is the range of a random crop's share of the area; None crops the centre. A run stops when it finds
+    more than `max_left_out` of the training samples unusable.
     """
 
     train: str = "scenes"
@@ -83,9 +84,11 @@ class DataConfig(Section):
     workers: int = 4
     tokenizer: str = "clip"
     crop_scale: tuple[float, float] | None = (0.9, 1.0)
+    max_left_out: float = 0.1
 
     def __post_init__(self) -> None:
         _at_least(self, val_pairs=2, workers=0)
+        _shares(self, "max_left_out")
         if self.crop_scale is not None:
             low, high = self.crop_scale
             require(0 < low <= high <= 1, f"crop_scale: {self.crop_scale}, needs 0 < low <= high <= 1")
@@ -95,6 +98,8 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """Exactly one of `steps` and `epochs` is set. `micro_batch` is the number of pairs a rank takes at once.
 
+    A checkpoint is written every `save_every` steps and every `save_minutes` minutes; the `keep_last` newest stay, and
+    those whose step `keep_every` divides. A loss above `spike_factor` times the median of those before is told.
     `compile` compiles the blocks, which takes minutes before the first step.
     """
 
@@ -106,13 +111,16 @@ class TrainConfig(Section):
     seed: int = 0
     log_every: int = 10
     save_every: int = 1000
+    save_minutes: float | None = None
     keep_last: int = 3
+    keep_every: int | None = None
+    spike_factor: float | None = 2.0
     timeout_s: float = 1800.0
     compile: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(self, steps=1, micro_batch=1, accumulation=1, log_every=1, save_every=1, keep_last=1)
-        _finite(self, "epochs", "timeout_s")
+        _at_least(self, steps=1, micro_batch=1, accumulation=1, log_every=1, save_every=1, keep_last=1, keep_every=1)
+        _finite(self, "epochs", "timeout_s", "save_minutes", "spike_factor")
         # What torch seeds with is 64 bits wide.
         require(0 <= self.seed < 2**63, f"seed: {self.seed}, needs to be in 0..2**63, 2**63 excluded")
 

@@ -100,6 +100,9 @@ def start_process_group(deepspeed, has_cuda: bool, timeout_s: float) -> None:
     if world == 1 and "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
     backend = "nccl" if has_cuda else "gloo"
+    # DeepSpeed makes groups of its own without naming a timeout.
+    torch.distributed.distributed_c10d.default_pg_timeout = timedelta(seconds=timeout_s)
+    torch.distributed.distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout_s)
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
     except torch.distributed.DistNetworkError as error:

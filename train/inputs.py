@@ -12,7 +12,11 @@ from sycoca.config import ConfigError
 from sycoca.model import Batch
 from sycoca.tokenizer import Tokenizer
 from train.data import DataError, Source, batches, open_dataset
+from train.durable import write_atomically
+from train.exits import StopRun
+from train.health import Place
 from train.launch import Launch, effective
+from train.run_folder import Hold
 
 _TOKENIZER_SAMPLES = 20_000
 
@@ -27,9 +31,10 @@ class Inputs(NamedTuple):
     launch: Launch
     rank: int
     world: int
+    opened_without: int
 
-    def batches(self, first: int, device: torch.device) -> Iterator[Batch]:
-        """This rank's batches on the device, from the global batch number `first` on.
+    def batches(self, first: int, device: torch.device) -> Iterator[tuple[Batch, Place]]:
+        """This rank's batches on the device and where they stand, from the global batch number `first` on.
 
         Samples that are left out are counted in `train.skipped`.
         """
@@ -56,7 +61,28 @@ class Inputs(NamedTuple):
             trimmed = loaded._replace(tokens=trim(loaded.tokens, config.model.text.pad_id))
             batch = Batch(*(part.to(device, non_blocking=True) for part in trimmed[:4]))
             # Only a stand-in for an unreadable image can bring the same sample twice, and scenes have none.
-            yield batch._replace(ids=None) if self.train.fresh else batch
+            place = Place(loaded.epoch, loaded.index, loaded.keys)
+            yield batch._replace(ids=None) if self.train.fresh else batch, place
+
+    def found_bad(self) -> int:
+        """Samples that this rank found unusable while training."""
+        return len(self.train.skipped.samples) - self.opened_without
+
+    def check_budget(self, found_bad: float) -> None:
+        """Ends a run that loses too much of its data.
+
+        Args:
+            found_bad: samples found unusable while training, over all ranks.
+
+        Raises:
+            StopRun: they are more than `data.max_left_out` of the source.
+        """
+        most = self.launch.config.data.max_left_out
+        if found_bad > most * len(self.train):
+            raise StopRun(
+                f"{found_bad:.0f} of {len(self.train)} training samples cannot be used, data.max_left_out is {most}: "
+                f"{self.left_out()}"
+            )
 
     def left_out(self) -> str:
         """What this run could not use, by cause, over all ranks; empty if nothing. All ranks call it."""
@@ -76,6 +102,27 @@ def trim(tokens: Tensor, pad_id: int) -> Tensor:
     filled = (tokens != pad_id).any(0).nonzero()
     longest = int(filled[-1]) + 1 if len(filled) else 1
     return tokens[:, : min(tokens.shape[1], max(8, -(-longest // 8) * 8))].contiguous()
+
+
+def hold_run_dir(launch: Launch) -> Hold | None:
+    """Makes the run's folder and keeps other runs out of it; rank 0 holds what is returned. All ranks call it.
+
+    Raises:
+        ConfigError: another process holds it, or it cannot be written; on all ranks alike.
+    """
+    held, verdict = None, [None]
+    if dist.get_rank() == 0:
+        try:
+            launch.run_dir.mkdir(parents=True, exist_ok=True)
+            held = Hold(launch.run_dir)
+        except ConfigError as error:
+            verdict = [str(error)]
+        except OSError as error:
+            verdict = [f"--run-dir {launch.run_dir}: {error.strerror}"]
+    dist.broadcast_object_list(verdict)
+    if verdict[0] is not None:
+        raise ConfigError(verdict[0])
+    return held
 
 
 def open_inputs(launch: Launch, *, rank: int, world: int) -> Inputs:
@@ -103,9 +150,8 @@ def open_inputs(launch: Launch, *, rank: int, world: int) -> Inputs:
     if len(val) < 2:
         raise DataError(f"data source {config.data.val or config.data.train}: {len(val)} held-out samples, needs 2")
     if rank == 0:
-        launch.run_dir.mkdir(parents=True, exist_ok=True)
         text = json.dumps(effective(launch), indent=2)
-        (launch.run_dir / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_atomically(launch.run_dir / "config.json", text + "\n")
     tokenizer = _tokenizer(launch, train, rank)
     wanted = config.model.text
     ids = tokenizer.pad_id, tokenizer.sot_id, tokenizer.eot_id
@@ -115,7 +161,7 @@ def open_inputs(launch: Launch, *, rank: int, world: int) -> Inputs:
             f"model.text has {wanted.vocab_size}, {(wanted.pad_id, wanted.sot_id, wanted.eot_id)}"
         )
     steps = config.train.steps or int(config.train.epochs * (per_epoch // config.train.accumulation))
-    return Inputs(train, val, tokenizer, max(1, steps), launch, rank, world)
+    return Inputs(train, val, tokenizer, max(1, steps), launch, rank, world, len(train.skipped.samples))
 
 
 def _tokenizer(launch: Launch, train: Source, rank: int) -> Tokenizer:

@@ -41,6 +41,8 @@ class Launch:
     deepspeed: dict[str, Any]
     run_dir: Path
     resume: bool
+    reshape: bool = False
+    trusted: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -72,6 +74,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
     p.add_argument("--data", help="training source: scenes, a TSV or CSV table, or a folder with captions.tsv")
     p.add_argument("--run-dir", type=Path, help="folder of the run; without it a free one under runs/")
     p.add_argument("--resume", action="store_true", help="continue --run-dir, or else the newest run")
+    p.add_argument("--reshape", action="store_true", help="with --resume: on another number of ranks or ZeRO stage")
+    p.add_argument(
+        "--trust-checkpoint", action="store_true", help="with --resume: read objects of any class, which may run code"
+    )
     p.add_argument("--print-config", action="store_true", help="print the effective configuration and stop")
     p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as train.steps=100 or lr=1e-3")
@@ -93,6 +99,9 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
         ConfigError: one line naming the key or path and the nearest right one.
     """
     args = parser(script.name).parse_intermixed_args(argv)
+    for option, given in (("--reshape", args.reshape), ("--trust-checkpoint", args.trust_checkpoint)):
+        if given and not args.resume:
+            raise ConfigError(f"{option} says how to resume; add --resume")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     ds_path = deepspeed_json.find(args.config, script.parent)
     ds_raw, ds = deepspeed_json.read(ds_path)
@@ -101,9 +110,13 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
         config = preset(args.preset, has_cuda)
     else:
         config, batch, stage = read_run_config(run_dir)
+        if args.reshape:
+            config = _reshaped(config, batch, world)
         check_world(config, batch, world)
-        if (asked := ds.zero_optimization.stage) != stage:
-            raise ConfigError(f"--resume: the run has ZeRO stage {stage}, {ds_path.name} asks for stage {asked}")
+        if (asked := ds.zero_optimization.stage) != stage and not args.reshape:
+            raise ConfigError(
+                f"--resume: the run has ZeRO stage {stage}, {ds_path.name} asks for stage {asked}; add --reshape"
+            )
     before = config
     if args.resume and args.preset not in (None, config.preset):
         raise ConfigError(f"--preset {args.preset} differs from the resumed run's, {config.preset}")
@@ -120,7 +133,15 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     else:
         newest = checkpoint_steps(run_dir)[-1]
         _check_resumed(before, config, newest)
-    launch = Launch(config, deepspeed_dict(ds_raw, ds, config, world), run_dir, args.resume, _notes(config))
+    launch = Launch(
+        config,
+        deepspeed_dict(ds_raw, ds, config, world),
+        run_dir,
+        args.resume,
+        args.reshape,
+        args.trust_checkpoint,
+        _notes(config),
+    )
     _check_sources(config, world, newest)
     _check_tokenizer(config)
     check_writable(run_dir)
@@ -138,7 +159,17 @@ def check_world(config: Any, batch: int, world: int) -> None:
         ranks = batch // (train.micro_batch * train.accumulation)
         raise ConfigError(
             f"--resume: the run has train_batch_size {batch} on {ranks} rank(s), {world} rank(s) would make it {asked}"
+            "; add --reshape"
         )
+
+
+def _reshaped(config: RunConfig, batch: int, world: int) -> RunConfig:
+    """The configuration of the same run, its global batch shared by another number of ranks."""
+    parts = config.train.accumulation
+    micro_batch, rest = divmod(batch, parts * world)
+    if rest or not micro_batch:
+        raise ConfigError(f"--reshape: {world} rank(s) cannot share a train_batch_size of {batch} in {parts} part(s)")
+    return replace(config, train=replace(config.train, micro_batch=micro_batch))
 
 
 def _check_resumed(before: RunConfig, after: RunConfig, newest: int) -> None:

@@ -42,6 +42,7 @@ class RunLog:
         every: steps between two readings of the device.
         group: process group over which losses are averaged, or None for this process alone.
         names: of the values of a step, in their order.
+        spikes: tells losses that leap; None notes none.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class RunLog:
         every: int,
         group=None,
         names: Sequence[str] = LOSS_NAMES,
+        spikes=None,
     ):
         self.losses, self.names = losses, names
         self.total_steps, self.every, self.group = total_steps, every, group
         self.writes = group is None or dist.get_rank(group) == 0
-        self._pending: list[tuple[int, torch.Tensor, dict]] = []
+        self._pending: list[tuple[int, torch.Tensor, dict, Sequence]] = []
+        self._spikes = spikes
         self._timing: list[Timing] = []
         self._started, self._first_step = time.perf_counter(), first_step
         self._display = Display(total_steps, first_step) if self.writes else None
@@ -68,9 +71,9 @@ class RunLog:
             self._jsonl = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
             self._run_dir = run_dir
 
-    def step(self, step: int, values: torch.Tensor, scalars: dict, timing: Timing) -> None:
-        """Takes one finished step: values fp32 in the order of `names`, host scalars, timing."""
-        self._pending.append((step, values, scalars))
+    def step(self, step: int, values: torch.Tensor, scalars: dict, timing: Timing, places: Sequence = ()) -> None:
+        """Takes one finished step: values fp32 in the order of `names`, host scalars, timing, its batches."""
+        self._pending.append((step, values, scalars, places))
         self._timing.append(timing)
         if (step + 1) % self.every == 0 or step + 1 == self.total_steps:
             self.flush()
@@ -79,7 +82,7 @@ class RunLog:
         """Reads the pending steps from the device, averages them over the ranks and writes them."""
         if not self._pending:
             return
-        losses = torch.stack([values for _, values, _ in self._pending])
+        losses = torch.stack([values for _, values, _, _ in self._pending])
         if self.group is not None:
             dist.all_reduce(losses, group=self.group)
             losses /= dist.get_world_size(self.group)
@@ -89,8 +92,10 @@ class RunLog:
         pending, self._pending, self._timing = self._pending, [], []
         if not self.writes:
             return
-        for (step, _, scalars), values in zip(pending, losses, strict=True):
+        for (step, _, scalars, places), values in zip(pending, losses, strict=True):
             named = dict(zip(self.names, values, strict=True))
+            if self._spikes is not None and self._spikes.leaps(named["loss"]):
+                self.say(f"loss leaps to {named['loss']:.3f} at step {step + 1}: {'; '.join(map(str, places))}")
             last = row = {"step": step + 1, **{name: _finite(named[name]) for name in self.losses}}
             row.update((name, _finite(value)) for name, value in scalars.items())
             self._jsonl.write(json.dumps(row) + "\n")

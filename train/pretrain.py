@@ -4,7 +4,6 @@ deepspeed train/pretrain.py --config ds_zero2.json
 """
 
 import itertools
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ if str(ROOT) not in sys.path:
 
 from sycoca.config import ConfigError
 from train.data.sample import DataError
+from train.exits import EXIT_SAVED, StopRun, guarded, refused
 from train.hardware import has_cuda
 from train.launch import Launch, parse
 
@@ -30,9 +30,10 @@ def pretrain(launch: Launch) -> None:
 
     from sycoca.masking import step_plan
     from sycoca.model import SyCoCa, parameter_groups
-    from train.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+    from train.checkpoints import Saver, choose, prepare, resume, tokenizer_digest
     from train.export import export
-    from train.inputs import open_inputs
+    from train.health import Control, Heartbeat, Skips, Spikes, StopRequest
+    from train.inputs import hold_run_dir, open_inputs
     from train.metrics import RunLog, Timing, trained_losses
     from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
 
@@ -42,8 +43,10 @@ def pretrain(launch: Launch) -> None:
     group = dist.group.WORLD if world > 1 else None
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
+    held = hold_run_dir(launch)
+    chosen = choose(run_dir) if launch.resume else None
+    first_step = chosen.step if chosen else 0
     inputs = open_inputs(launch, rank=rank, world=world)
-    first_step = newest_checkpoint(run_dir) if launch.resume else 0
     stage = launch.deepspeed.get("zero_optimization", {}).get("stage", 0)
 
     torch.manual_seed(train.seed)
@@ -53,9 +56,12 @@ def pretrain(launch: Launch) -> None:
         compile_blocks(model)
     optimizer = build_optimizer(parameter_groups(model, config.optimizer.weight_decay), config.optimizer)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=launch.deepspeed)
-    if launch.resume:
-        load_checkpoint(engine, run_dir, first_step)
+    prepare(engine, trusted=launch.trusted)
+    if chosen:
+        resume(engine, run_dir, chosen, tokenizer=tokenizer_digest(run_dir), trusted=launch.trusted)
 
+    heartbeat, control, request = Heartbeat(train.timeout_s), Control(), StopRequest()
+    skips, saver = Skips(engine), Saver(engine, run_dir, train, facts={"tokenizer": tokenizer_digest(run_dir)})
     log = RunLog(
         run_dir,
         losses=trained_losses(config.model),
@@ -63,50 +69,69 @@ def pretrain(launch: Launch) -> None:
         first_step=first_step,
         every=train.log_every,
         group=group,
+        spikes=Spikes(train.spike_factor),
     )
-    log.say(start_line(launch, model, inputs, world, first_step))
+    log.say(start_line(launch, model, inputs, world, chosen))
     batches = inputs.batches(first_step * train.accumulation, device)
     shares = [train.micro_batch] * world
-    for step in range(first_step, inputs.total_steps):
-        started, waited = time.perf_counter(), 0.0
-        plan = step_plan(config.model, step, inputs.total_steps, train.seed)
-        lr = config.optimizer.lr * learning_rate_factor(config.schedule, step, inputs.total_steps)
-        set_learning_rate(optimizer, lr)
-        taken = []
-        for _ in range(train.accumulation):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            losses = engine(batch, plan, group, shares)
-            engine.backward(losses.total)
-            engine.step()
-            taken.append(torch.stack(losses).detach())
-        timing = Timing(waited, time.perf_counter() - started, sum(shares) * train.accumulation)
-        log.step(step, torch.stack(taken).mean(0), {"lr": lr, "grad_norm": engine.get_global_grad_norm()}, timing)
-        if (step + 1) % train.save_every == 0 or step + 1 == inputs.total_steps:
-            log.flush()
-            save_checkpoint(engine, run_dir, step=step + 1, keep=train.keep_last)
-    log.close()
-    if rank == 0:
-        export(run_dir, run_dir / "model")
-    if line := inputs.left_out():
-        log.say(line)
-    evaluate_at_end(engine, launch, inputs, device, group)
+    with heartbeat.guard():
+        for step in range(first_step, inputs.total_steps):
+            started, waited = time.perf_counter(), 0.0
+            plan = step_plan(config.model, step, inputs.total_steps, train.seed)
+            lr = config.optimizer.lr * learning_rate_factor(config.schedule, step, inputs.total_steps)
+            set_learning_rate(optimizer, lr)
+            taken, places = [], []
+            for _ in range(train.accumulation):
+                asked = time.perf_counter()
+                batch, place = next(batches)
+                waited += time.perf_counter() - asked
+                losses = engine(batch, plan, group, shares)
+                engine.backward(losses.total)
+                engine.step()
+                taken.append(torch.stack(losses).detach())
+                places.append(place)
+            timing = Timing(waited, time.perf_counter() - started, sum(shares) * train.accumulation)
+            line = skips.after(step + 1, places)
+            scalars = {"lr": lr, "grad_norm": engine.get_global_grad_norm(), "skipped": skips.total}
+            log.step(step, torch.stack(taken).mean(0), scalars, timing, places)
+            if line:
+                log.say(line)
+            stop, left_out, late = control.sums(request.asked, inputs.found_bad(), rank == 0 and saver.is_late())
+            inputs.check_budget(left_out)
+            last = step + 1 == inputs.total_steps
+            if saver.is_due(step + 1) or late or stop or last:
+                log.flush()
+                saver.save(step + 1, say=log.say, must=bool(stop) or last)
+            if stop and not last:
+                log.close()
+                raise StopRun(f"stopped on request after step {step + 1}; --resume goes on from there", EXIT_SAVED)
+        request.close()
+        log.close()
+        if rank == 0:
+            export(run_dir, run_dir / "model")
+        if line := inputs.left_out():
+            log.say(line)
+        evaluate_at_end(engine, launch, inputs, device, group)
+    heartbeat.close()
     dist.destroy_process_group()
+    del held
 
 
-def start_line(launch: Launch, model, inputs, world: int, first_step: int) -> str:
+def start_line(launch: Launch, model, inputs, world: int, chosen) -> str:
     """What is about to run, for a person."""
+    from train.checkpoints import told
+
     config = launch.config
     count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     stage = launch.deepspeed.get("zero_optimization", {}).get("stage", 0)
     train, data = config.train, config.data
     lines = [
-        f"{'resuming at step ' + str(first_step) if launch.resume else 'starting'}: {config.preset}, "
+        f"{f'resuming at step {chosen.step}' if chosen else 'starting'}: {config.preset}, "
         f"{count / 1e6:.1f} M parameters, ZeRO {stage}, {world} rank(s), {train.precision}, "
         f"batch {train.micro_batch} x {train.accumulation} x {world}, {inputs.total_steps} steps",
         f"data: {data.train}, {len(inputs.train)} samples, {len(inputs.val)} held out; run folder: {launch.run_dir}",
         *launch.notes,
+        *([f"damaged checkpoints passed over: {told(chosen.damaged)}"] if chosen and chosen.damaged else []),
         *filter(None, (inputs.train.skipped.line(), inputs.val.skipped.line())),
     ]
     return "\n".join(lines)
@@ -165,17 +190,8 @@ def main() -> int:
     try:
         launch = parse(sys.argv[1:], script=Path(__file__).resolve(), has_cuda=has_cuda())
     except (ConfigError, DataError, OSError) as error:
-        # Every rank finds the same mistake; one of them tells it.
-        if os.environ.get("RANK", "0") == "0":
-            told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-            print(f"error: {told}", file=sys.stderr, flush=True)
-        return 2
-    try:
-        pretrain(launch)
-    except (ConfigError, DataError) as error:
-        print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+        return refused(error)
+    return guarded(pretrain, launch)
 
 
 if __name__ == "__main__":

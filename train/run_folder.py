@@ -1,5 +1,6 @@
 """The folder of a run: a free one, one to resume, and the configuration that lies in it. Nothing here imports torch."""
 
+import fcntl
 import json
 import os
 import re
@@ -12,6 +13,18 @@ from sycoca.config import ConfigError, from_dict, nearest
 from train.config import RunConfig
 
 _TAG = re.compile(r"step_(\d{8})")
+
+
+class Hold:
+    """A run's folder, held by one process at a time until it ends."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = (run_dir / ".lock").open("a")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ConfigError(f"--run-dir {run_dir}: another process is writing there") from None
 
 
 @contextmanager
@@ -81,7 +94,7 @@ def free_run_dir(asked: Path | None, name: str) -> Path:
         if asked is not None:
             if asked.exists() and not asked.is_dir():
                 raise ConfigError(f"--run-dir {asked}: is a file")
-            if asked.is_dir() and any(asked.iterdir()):
+            if asked.is_dir() and any(path.name != ".lock" for path in asked.iterdir()):
                 raise ConfigError(
                     f"--run-dir {asked}: already holds a run; add --resume to continue it, or name another folder"
                 )

@@ -133,8 +133,9 @@ def _as_is(made):
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C is the main process's to handle; a fork of a process that used threads must not use them again.
+    # Signals are the main process's to handle; a fork of a process that used threads must not use them again.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

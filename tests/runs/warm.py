@@ -1,0 +1,14 @@
+"""What a rank of a fault test needs, imported once in the process that forks them all."""
+
+import importlib
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from train.engine import import_deepspeed, quiet_environment
+
+quiet_environment(has_cuda=False)
+import_deepspeed()
+for name in ("checkpoints", "evaluate", "health", "inputs", "metrics", "optim", "pretrain"):
+    importlib.import_module(f"train.{name}")
+importlib.import_module("torch.utils.tensorboard")

@@ -1,0 +1,82 @@
+"""How a process of a run ends: its exit code, and one line that says why. Documented in docs/reliability.md."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from sycoca.config import ConfigError
+from train.data.sample import DataError
+
+EXIT_REFUSED = 2
+EXIT_STOPPED = 3
+EXIT_LOST_RANK = 4
+EXIT_SAVED = 75  # EX_TEMPFAIL: started again with --resume, it goes on
+EXIT_INTERRUPTED = 130
+
+
+class StopRun(RuntimeError):
+    """A run that must not go on, known to all ranks alike; `code` is what the process ends with."""
+
+    def __init__(self, message: str, code: int = EXIT_STOPPED) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class LostRank(StopRun):
+    """Another rank does not answer."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, EXIT_LOST_RANK)
+
+
+def refused(error: Exception) -> int:
+    """Tells a mistake that every rank finds, once."""
+    if _rank() == "0":
+        _tell(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error))
+    return EXIT_REFUSED
+
+
+def guarded(run: Callable[..., None], *args: Any) -> int:
+    """Exit code of `run(*args)`; what it ends with is told in one line where a person can act on it.
+
+    An error that is none of these goes through: its traceback is for those who mend the program.
+    """
+    try:
+        run(*args)
+    except (ConfigError, DataError) as error:
+        _tell(f"rank {_rank()}: {error}")
+        return EXIT_REFUSED
+    except LostRank as error:
+        _tell(f"rank {_rank()}: {error}")
+        # Destructors would wait for the rank that is lost.
+        os._exit(error.code)
+    except StopRun as error:
+        if _rank() == "0":
+            _tell(str(error))
+        return error.code
+    except KeyboardInterrupt:
+        if _rank() == "0":
+            print("interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        _tell(
+            f"rank {_rank()}: out of memory: {str(error).splitlines()[0]} A smaller train.micro_batch needs less, "
+            "as does model.gradient_checkpointing=true"
+        )
+        return EXIT_STOPPED
+    return 0
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
+
+
+def _tell(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
