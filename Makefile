@@ -2,6 +2,7 @@
 # make test        set up, then the tests
 # make test-runs   whole commands: the main job, resume, what the README shows
 # make test-full   every documented command at full length
+# make test-faults kills, damage, silent ranks: the full matrix of docs/reliability.md
 # make check       style
 # make docs        the site, into site/
 # make bench       benchmarks at the sizes of this machine
@@ -16,16 +17,19 @@ SECOND_TRITON := 3.6.0
 export TRITON_ALT := $(CURDIR)/$(VENV)/triton-$(SECOND_TRITON)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train test test-runs test-full check docs bench gpu-test gpu-bench gpu-step clean
+.PHONY: setup train test test-runs test-faults test-full check docs bench gpu-test gpu-bench gpu-step clean
 
 train: $(VENV)/.ready
 	deepspeed train/pretrain.py --config ds_zero2.json
 
 test: $(VENV)/.ready $(VENV)/.triton
-	OMP_NUM_THREADS=1 python -m pytest tests -m "not run and not full and not gpu"
+	OMP_NUM_THREADS=1 python -m pytest tests -m "not run and not full and not faults and not gpu"
 
 test-runs: $(VENV)/.ready
 	python -m pytest tests -m "run and not full and not gpu"
+
+test-faults: $(VENV)/.ready
+	python -m pytest tests -m faults
 
 test-full: $(VENV)/.ready $(VENV)/.triton
 	$(PIP) install --no-deps -c constraints.txt pycocoevalcap

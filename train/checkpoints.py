@@ -183,6 +183,9 @@ def _load(engine: Any, folder: Path, name: str, step: int) -> None:
             failure = f"{folder / name} could not be loaded"
     except CheckpointError as error:
         failure = str(error)
+    # Whatever DeepSpeed asserts or fails to find means the same here.
+    except Exception as error:
+        failure = f"{folder / name}: {type(error).__name__}: {error}"
     if failure := _agree(failure):
         raise CheckpointError(failure)
 
@@ -195,6 +198,8 @@ def load_reshaped(engine: Any, run_dir: Path, step: int, *, trusted: bool = Fals
     Raises:
         CheckpointError: it holds more than data, or could not be converted.
     """
+    from train.reshape import convert, mend_loading
+
     folder = run_dir / "checkpoints"
     target, failure = folder / _UNIVERSAL / tag(step), None
     if dist.get_rank() == 0:
@@ -202,33 +207,25 @@ def load_reshaped(engine: Any, run_dir: Path, step: int, *, trusted: bool = Fals
             for path in sorted((folder / tag(step)).glob("*.pt")):
                 # The converter would read anything.
                 read(path, trusted=trusted)
-            _convert(folder / tag(step), target)
+            convert(folder / tag(step), target, engine.module)
         except (CheckpointError, OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
             failure = f"{tag(step)} could not be reshaped: {error}"
     if failure := _agree(failure):
         raise CheckpointError(failure)
     engine._config.load_universal_checkpoint = True
+    mend_loading(engine.optimizer)
+    groups = engine.optimizer.optimizer.param_groups
+    own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     try:
         _load(engine, folder / _UNIVERSAL, tag(step), step)
+        # DeepSpeed gives every group what the first one had, its weight decay too.
+        for group, values in zip(groups, own, strict=True):
+            group.update(values)
     finally:
         engine._config.load_universal_checkpoint = False
-        dist.barrier()
+        # The ranks have agreed on how the loading went: none reads any more.
         if dist.get_rank() == 0:
             shutil.rmtree(folder / _UNIVERSAL, ignore_errors=True)
-
-
-def _convert(source: Path, target: Path) -> None:
-    from argparse import Namespace
-
-    from deepspeed.checkpoint import ds_to_universal
-
-    shutil.rmtree(target.parent, ignore_errors=True)
-    target.mkdir(parents=True)
-    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        ds_to_universal.main(
-            Namespace(input_folder=str(source), output_folder=str(target), inject_missing_state=True, **options)
-        )
 
 
 def resume(engine: Any, run_dir: Path, chosen: Chosen, *, tokenizer: str, trusted: bool = False) -> None:

@@ -13,10 +13,17 @@ import psutil
 from tests.runs.conftest import free_port, metric_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = tuple(
-    "micro_batch=4 log_every=1 local_group=2 val_pairs=4 workers=0 model.vision.depth=1 model.text.depth=1 "
-    "model.caption_decoder.depth=1 model.image_decoder.depth=1 model.vision.width=32 model.text.width=32 "
-    "model.image_decoder.width=32 attentive_start=0.2 warmup_steps=2".split()
+SMALL = (
+    "--data=scenes?count=64",
+    "micro_batch=4",
+    "log_every=1",
+    "local_group=2",
+    "val_pairs=4",
+    "workers=0",
+    "attentive_start=0.2",
+    "warmup_steps=2",
+    *(f"model.{part}.depth=1" for part in ("vision", "text", "caption_decoder", "image_decoder")),
+    *(f"model.{part}.width=32" for part in ("vision", "text", "image_decoder")),
 )
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.runs.warm"])

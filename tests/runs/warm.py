@@ -11,4 +11,6 @@ quiet_environment(has_cuda=False)
 import_deepspeed()
 for name in ("checkpoints", "evaluate", "health", "inputs", "metrics", "optim", "pretrain"):
     importlib.import_module(f"train.{name}")
-importlib.import_module("torch.utils.tensorboard")
+# The first optimizer would import it.
+for name in ("torch._dynamo", "torch.utils.tensorboard"):
+    importlib.import_module(name)

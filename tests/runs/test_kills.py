@@ -1,0 +1,146 @@
+"""Runs that are killed anywhere go on as if they had not been."""
+
+import itertools
+import os
+import random
+import signal
+
+import pytest
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+from tests.runs.faults import SMALL, Run, finished, rows
+from train.run_folder import checkpoint_steps
+
+STEPS, EVERY = 12, 3
+RANDOM = random.Random(0)
+FORMS = list(itertools.product((1, 2, 3), (1, 2), (0, 2)))
+# (killed behind this step, ZeRO stage, accumulation, loader workers, ranks)
+POINTS = [(RANDOM.randint(4, 11), *FORMS[i % 12], 1 + (i + i // 12) % 2) for i in range(20)]
+FEW = {0, 2, 4, 7, 8, 10}
+
+
+def options(accumulation: int, workers: int) -> list[str]:
+    sizes = [option for option in SMALL if not option.startswith("workers")]
+    return [f"steps={STEPS}", f"save_every={EVERY}", f"accumulation={accumulation}", f"workers={workers}", *sizes]
+
+
+def weights(run_dir) -> dict[str, torch.Tensor]:
+    """The fp32 weights of the last checkpoint, without the padding of their partitions."""
+    return get_fp32_state_dict_from_zero_checkpoint(str(run_dir / "checkpoints"), tag=f"step_{STEPS:08d}")
+
+
+@pytest.fixture(scope="module")
+def fault_free(tmp_path_factory):
+    """Rows and final weights of runs that nothing befalls, one for each configuration."""
+    known: dict[tuple, tuple] = {}
+
+    def get(stage: int, accumulation: int, workers: int, world: int):
+        key = (stage, accumulation, workers, world)
+        if key not in known:
+            run_dir = tmp_path_factory.mktemp("whole") / "run"
+            finished(Run(run_dir, *options(accumulation, workers), world=world, stage=stage))
+            known[key] = rows(run_dir), weights(run_dir)
+        return known[key]
+
+    return get
+
+
+def _few(numbers, most):
+    return [pytest.param(n, marks=pytest.mark.run if n in most else pytest.mark.faults) for n in numbers]
+
+
+@pytest.mark.parametrize("number", _few(range(len(POINTS)), FEW))
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, fault_free, number):
+    point, stage, accumulation, workers, world = POINTS[number]
+    expected, expected_weights = fault_free(stage, accumulation, workers, world)
+    run_dir = tmp_path / "run"
+    run = Run(run_dir, *options(accumulation, workers), world=world, stage=stage)
+    run.wait_for(lambda: run.steps() >= point)
+    run.kill()
+    finished(Run(run_dir, "--resume", *options(accumulation, workers), world=world, stage=stage))
+    assert rows(run_dir) == expected
+    found = weights(run_dir)
+    assert found.keys() == expected_weights.keys() and found
+    assert all(torch.equal(found[name], expected_weights[name]) for name in found)
+
+
+class DieAt:
+    """Ends the process before the n-th of the calls by which a checkpoint comes to the disk, in the second save."""
+
+    def __init__(self, call: int) -> None:
+        self.call = call
+
+    def __call__(self) -> None:
+        import train.checkpoints
+        import train.durable
+
+        calls = 0
+        original = train.checkpoints.save_checkpoint
+
+        def counted(function):
+            def wrapper(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls > self.call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            return wrapper
+
+        def save(engine, run_dir, *, step, **kwargs):
+            if step == 2 * EVERY:
+                torch.save = counted(torch.save)
+                os.fsync = counted(os.fsync)
+                os.replace = counted(os.replace)
+            return original(engine, run_dir, step=step, **kwargs)
+
+        train.checkpoints.save_checkpoint = save
+
+
+@pytest.mark.parametrize("call", _few(range(10), {4}))
+def test_a_run_killed_while_it_saves_resumes_from_a_sound_checkpoint(tmp_path, fault_free, call):
+    expected, expected_weights = fault_free(2, 1, 0, 1)
+    run_dir = tmp_path / "run"
+    run = Run(run_dir, *options(1, 0), prepare=DieAt(call))
+    assert run.wait() == [-signal.SIGKILL]
+    assert checkpoint_steps(run_dir)[-1] in (EVERY, 2 * EVERY)
+    finished(Run(run_dir, "--resume", *options(1, 0)))
+    assert rows(run_dir) == expected
+    found = weights(run_dir)
+    assert found and all(torch.equal(found[name], expected_weights[name]) for name in found)
+    assert not list((run_dir / "checkpoints").glob(".*"))
+
+
+def test_the_saving_of_a_checkpoint_has_more_calls_than_are_killed(tmp_path):
+    # Two torch.save, their fsyncs, the manifest's, the renames and `latest`: the tenth call is still inside the save.
+    from train.durable import write_manifest
+
+    calls = []
+    replace, fsync = os.replace, os.fsync
+    os.replace = lambda *args: (calls.append("replace"), replace(*args))
+    os.fsync = lambda *args: (calls.append("fsync"), fsync(*args))
+    try:
+        write_manifest(tmp_path, {}, {})
+    finally:
+        os.replace, os.fsync = replace, fsync
+    # files: (save, fsync) x 2; manifest; rename and folder; latest
+    assert 4 + len(calls) + 2 + len(calls) > 10
+
+
+@pytest.mark.run
+def test_a_request_to_stop_is_saved_at_most_a_step_later(tmp_path, fault_free):
+    expected, expected_weights = fault_free(2, 1, 0, 2)
+    run_dir = tmp_path / "run"
+    run = Run(run_dir, *options(1, 0), world=2)
+    run.wait_for(lambda: run.steps() >= 4)
+    run.signal(1, signal.SIGTERM)
+    seen = run.steps()
+    assert run.wait() == [75, 75], run.text
+    assert "stopped on request after step" in run.text
+    # The step under way may end, and one more may follow.
+    assert checkpoint_steps(run_dir)[-1] == run.steps() <= seen + 3
+    finished(Run(run_dir, "--resume", *options(1, 0), world=2))
+    assert rows(run_dir) == expected
+    found = weights(run_dir)
+    assert found and all(torch.equal(found[name], expected_weights[name]) for name in found)
