@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from train.checkpoint_files import CheckpointError, DurableFiles, read
@@ -221,6 +222,10 @@ def load_reshaped(engine: Any, run_dir: Path, step: int, *, trusted: bool = Fals
         # DeepSpeed gives every group what the first one had, its weight decay too.
         for group, values in zip(groups, own, strict=True):
             group.update(values)
+        # It also gives them one tensor for their steps, which each of them would then count up.
+        for state in engine.optimizer.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
     finally:
         engine._config.load_universal_checkpoint = False
         # The ranks have agreed on how the loading went: none reads any more.
