@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -307,11 +306,13 @@ def test_script_stops_within_three_seconds_and_before_torch(tmp_path):
         f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
         "except SystemExit as stop: print('torch' in sys.modules, stop.code)"
     )
-    started = time.perf_counter()
+    before = os.times()
     done = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
     assert done.stdout.split() == ["False", "2"], done
     assert done.stderr.count("\n") == 1 and "optimizer.lr" in done.stderr
-    assert time.perf_counter() - started < 3
+    # Processor time: what else runs on the machine does not count.
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 3
 
 
 def test_schema_agrees_with_the_installed_deepspeed():
