@@ -4,7 +4,6 @@ deepspeed train/finetune.py retrieval --config ds_zero2.json --model runs/tiny
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ if str(ROOT) not in sys.path:
 
 from sycoca.config import ConfigError
 from train.data.sample import DataError
+from train.exits import EXIT_SAVED, StopRun, guarded, refused
 from train.hardware import has_cuda
 from train.tasks.launch import Tuning, parse
 
@@ -29,8 +29,11 @@ def finetune(tuning: Tuning) -> None:
     import torch.distributed as dist
 
     from sycoca.hub import load_pretrained
-    from train.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+    from train.checkpoints import Saver, choose, load_checkpoint, prepare, told
     from train.data.order import mix
+    from train.durable import write_atomically
+    from train.health import Control, Heartbeat, Skips, StopRequest
+    from train.inputs import hold_run_dir
     from train.metrics import RunLog, Timing
     from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
     from train.tasks.tuning import build_objective, judge_tuned, judge_untuned, training_groups, tuning_batches
@@ -40,10 +43,9 @@ def finetune(tuning: Tuning) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD if world > 1 else None
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+    held = hold_run_dir(run_dir)
     if rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(tuning.effective(), indent=2)
-        (run_dir / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_atomically(run_dir / "config.json", json.dumps(tuning.effective(), indent=2) + "\n")
 
     torch.manual_seed(train.seed)
     try:
@@ -53,14 +55,16 @@ def finetune(tuning: Tuning) -> None:
     if rank == 0 and not tuning.resume:
         judge_untuned(tuning, model, tokenizer, device)
     dist.barrier()
-    first_step = newest_checkpoint(run_dir) if tuning.resume else 0
+    chosen = choose(run_dir) if tuning.resume else None
+    first_step = chosen.step if chosen else 0
     plan = build_objective(tuning, model, tokenizer, device)
     objective = plan.objective.train()
     if train.compile:
         compile_blocks(objective)
     optimizer = build_optimizer(training_groups(objective, config), config.optimizer)
     engine, optimizer, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, config=tuning.deepspeed)
-    if tuning.resume:
+    prepare(engine)
+    if chosen:
         load_checkpoint(engine, run_dir, first_step)
 
     per_epoch = len(tuning.train) // (train.micro_batch * world)
@@ -81,49 +85,57 @@ def finetune(tuning: Tuning) -> None:
         f"{train.accumulation} x {world}, {steps} steps\n"
         f"data: {config.data.train}, {len(tuning.train)} images, {len(tuning.val)} held out; run folder: {run_dir}"
     )
+    if chosen and chosen.damaged:
+        log.say(f"damaged checkpoints passed over: {told(chosen.damaged)}")
+    heartbeat, control, request = Heartbeat(train.timeout_s), Control(), StopRequest()
+    skips, saver = Skips(engine), Saver(engine, run_dir, train, facts={})
     batches = tuning_batches(tuning, plan, first_step * train.accumulation, rank=rank, world=world, device=device)
     shares = [train.micro_batch] * world
-    for step in range(first_step, steps):
-        started, waited = time.perf_counter(), 0.0
-        lr = config.optimizer.lr * learning_rate_factor(config.schedule, step, steps)
-        set_learning_rate(optimizer, lr)
-        taken = []
-        for part in range(train.accumulation):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            values = engine(*objective.inputs(*batch, mix(train.seed, step, part, rank) >> 1), group, shares)
-            engine.backward(values[0])
-            engine.step()
-            taken.append(torch.stack([value.detach().float() for value in values]))
-        timing = Timing(waited, time.perf_counter() - started, sum(shares) * train.accumulation)
-        log.step(step, torch.stack(taken).mean(0), {"lr": lr, "grad_norm": engine.get_global_grad_norm()}, timing)
-        if (step + 1) % train.save_every == 0 or step + 1 == steps:
-            log.flush()
-            save_checkpoint(engine, run_dir, step=step + 1, keep=train.keep_last)
-    log.close()
-    if rank == 0:
-        judge_tuned(tuning, plan, tokenizer, device, step=steps)
-    # The others wait, or the launcher would take their end for a failure.
+    with heartbeat.guard():
+        for step in range(first_step, steps):
+            started, waited = time.perf_counter(), 0.0
+            lr = config.optimizer.lr * learning_rate_factor(config.schedule, step, steps)
+            set_learning_rate(optimizer, lr)
+            taken = []
+            for part in range(train.accumulation):
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked
+                values = engine(*objective.inputs(*batch, mix(train.seed, step, part, rank) >> 1), group, shares)
+                engine.backward(values[0])
+                engine.step()
+                taken.append(torch.stack([value.detach().float() for value in values]))
+            timing = Timing(waited, time.perf_counter() - started, sum(shares) * train.accumulation)
+            line = skips.after(step + 1, [])
+            scalars = {"lr": lr, "grad_norm": engine.get_global_grad_norm(), "skipped": skips.total}
+            log.step(step, torch.stack(taken).mean(0), scalars, timing)
+            if line:
+                log.say(line)
+            stop, late = control.sums(request.asked, rank == 0 and saver.is_late())
+            last = step + 1 == steps
+            if saver.is_due(step + 1) or late or stop or last:
+                log.flush()
+                saver.save(step + 1, say=log.say, must=bool(stop) or last)
+            if stop and not last:
+                log.close()
+                raise StopRun(f"stopped on request after step {step + 1}; --resume goes on from there", EXIT_SAVED)
+        request.close()
+        log.close()
+        if rank == 0:
+            judge_tuned(tuning, plan, tokenizer, device, step=steps)
+        # The others wait, or the launcher would take their end for a failure.
+        heartbeat.close()
     dist.barrier()
     dist.destroy_process_group()
+    del held
 
 
 def main() -> int:
-    told_by_one = os.environ.get("RANK", "0") == "0"
     try:
         tuning = parse(sys.argv[1:], script=Path(__file__).resolve(), has_cuda=has_cuda())
     except (ConfigError, DataError, OSError) as error:
-        if told_by_one:
-            told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-            print(f"error: {told}", file=sys.stderr, flush=True)
-        return 2
-    try:
-        finetune(tuning)
-    except (ConfigError, DataError) as error:
-        print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+        return refused(error)
+    return guarded(finetune, tuning)
 
 
 if __name__ == "__main__":

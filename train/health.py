@@ -109,7 +109,7 @@ class Skips:
             return ""
         self.total += 1
         self.in_a_row += 1
-        where = "; ".join(str(place) for place in places)
+        where = "; ".join(str(place) for place in places) or "no keys"
         if name := broken_weight(self._engine.module):
             raise StopRun(f"step {step}: weight {name} is not finite; last batch: {where}")
         if self.in_a_row >= MOST_SKIPPED_IN_A_ROW:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -104,7 +105,7 @@ def trim(tokens: Tensor, pad_id: int) -> Tensor:
     return tokens[:, : min(tokens.shape[1], max(8, -(-longest // 8) * 8))].contiguous()
 
 
-def hold_run_dir(launch: Launch) -> Hold | None:
+def hold_run_dir(run_dir: Path) -> Hold | None:
     """Makes the run's folder and keeps other runs out of it; rank 0 holds what is returned. All ranks call it.
 
     Raises:
@@ -113,12 +114,12 @@ def hold_run_dir(launch: Launch) -> Hold | None:
     held, verdict = None, [None]
     if dist.get_rank() == 0:
         try:
-            launch.run_dir.mkdir(parents=True, exist_ok=True)
-            held = Hold(launch.run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held = Hold(run_dir)
         except ConfigError as error:
             verdict = [str(error)]
         except OSError as error:
-            verdict = [f"--run-dir {launch.run_dir}: {error.strerror}"]
+            verdict = [f"--run-dir {run_dir}: {error.strerror}"]
     dist.broadcast_object_list(verdict)
     if verdict[0] is not None:
         raise ConfigError(verdict[0])

@@ -43,7 +43,7 @@ def pretrain(launch: Launch) -> None:
     group = dist.group.WORLD if world > 1 else None
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
-    held = hold_run_dir(launch)
+    held = hold_run_dir(run_dir)
     chosen = choose(run_dir) if launch.resume else None
     first_step = chosen.step if chosen else 0
     inputs = open_inputs(launch, rank=rank, world=world)
