@@ -190,7 +190,11 @@ class LossConfig(Strict):
 
 @dataclass(frozen=True)
 class ModelConfig(Strict):
-    """A whole model. `logit_scale_init` and `logit_scale_max` are the scale itself, not its logarithm."""
+    """A whole model. `logit_scale_init` and `logit_scale_max` are the scale itself, not its logarithm.
+
+    `gradient_checkpointing` computes whole blocks again in backward, `selective_checkpointing` all but their matrix
+    products and attention.
+    """
 
     embed_dim: int
     vision: VisionConfig

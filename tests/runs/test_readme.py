@@ -38,6 +38,7 @@ COMMANDS = {
     'python -m sycoca overlay photo.jpg --caption "a red disc" --model runs/tiny --out overlay.html': None,
     "python -m sycoca doctor": None,
     "pytest bench/ --benchmark-only": None,  # tests/runs/test_bench.py
+    "python -m bench.step": None,  # tests/runs/test_bench.py
 }
 
 
