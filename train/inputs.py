@@ -102,7 +102,9 @@ def trim(tokens: Tensor, pad_id: int) -> Tensor:
     """
     filled = (tokens != pad_id).any(0).nonzero()
     longest = int(filled[-1]) + 1 if len(filled) else 1
-    return tokens[:, : min(tokens.shape[1], max(8, -(-longest // 8) * 8))].contiguous()
+    trimmed = tokens[:, : min(tokens.shape[1], max(8, -(-longest // 8) * 8))].contiguous()
+    # A copy from memory that is not page-locked would make the host wait for the device.
+    return trimmed.pin_memory() if tokens.is_pinned() else trimmed
 
 
 def hold_run_dir(run_dir: Path) -> Hold | None:
