@@ -144,3 +144,23 @@ def test_a_request_to_stop_is_saved_at_most_a_step_later(tmp_path, fault_free):
     assert rows(run_dir) == expected
     found = weights(run_dir)
     assert found and all(torch.equal(found[name], expected_weights[name]) for name in found)
+
+
+@pytest.mark.faults
+def test_a_long_run_keeps_its_memory_and_its_files(tmp_path):
+    import psutil
+
+    run_dir = tmp_path / "run"
+    run = Run(run_dir, "steps=2000", "save_every=250", "keep_last=2", *SMALL)
+    process = psutil.Process(run.ranks[0].pid)
+
+    def held() -> tuple[int, int]:
+        return process.memory_info().rss, process.num_fds()
+
+    run.wait_for(lambda: run.steps() >= 600, timeout_s=300)
+    early = held()
+    run.wait_for(lambda: run.steps() >= 1900, timeout_s=600)
+    late = held()
+    finished(run, timeout_s=300)
+    assert late[0] < 1.02 * early[0] and late[1] == early[1], (early, late)
+    assert checkpoint_steps(run_dir) == [1750, 2000]
