@@ -1,11 +1,17 @@
-"""METEOR and SPICE of captions, through pycocoevalcap and Java."""
+"""METEOR and SPICE of captions, through pycocoevalcap and Java; and whether the words without Java are the same.
+
+python -m train.tasks.coco_java CAPTIONS
+"""
 
 import importlib.util
 import shutil
+import sys
 from collections.abc import Sequence
 
 from sycoca.config import ConfigError
+from train.data import DataError, open_dataset
 from train.tasks.bleu import Words
+from train.tasks.ptb import ptb_words
 
 
 def require_java() -> None:
@@ -33,3 +39,35 @@ def spice(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) ->
 def _sentences(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> tuple[dict, dict]:
     truth = {i: [" ".join(words) for words in refs] for i, refs in enumerate(references)}
     return truth, {i: [" ".join(words)] for i, words in enumerate(candidates)}
+
+
+def differing(captions: Sequence[str]) -> list[tuple[str, str, str]]:
+    """The captions of which Java's tokenizer makes other words: caption, its words, the words without Java."""
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    java = PTBTokenizer().tokenize({0: [{"caption": caption} for caption in captions]})[0]
+    # Java keeps "2 1/2" together by a space that does not break; scores take it for two words.
+    theirs = (" ".join(words.split()) for words in java)
+    both = ((caption, words, " ".join(ptb_words(caption))) for caption, words in zip(captions, theirs, strict=True))
+    return [(caption, words, ours) for caption, words, ours in both if words != ours]
+
+
+def main(argv: list[str]) -> int:
+    try:
+        if len(argv) != 1:
+            raise ConfigError("usage: python -m train.tasks.coco_java CAPTIONS, a source of captions")
+        require_java()
+        captions = [text for split in ("train", "val") for text in open_dataset(argv[0], split).texts()]
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found = differing(captions)
+    for caption, theirs, ours in found[:20]:
+        print(f"{caption}\n  java: {theirs}\n  ours: {ours}")
+    equal = len(captions) - len(found)
+    print(f"{len(captions)} captions, {equal} with equal words ({equal / len(captions):.4%})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

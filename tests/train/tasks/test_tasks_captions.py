@@ -3,8 +3,6 @@
 import json
 import math
 import random
-import shutil
-import subprocess
 from itertools import combinations
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 
 from train.tasks.bleu import bleu
 from train.tasks.cider import CiderD, cider_d
+from train.tasks.coco_java import differing
 from train.tasks.ptb import ptb_words
 from train.tasks.rouge import common_length, rouge_l
 
@@ -110,7 +109,6 @@ def test_against_pycocoevalcap_and_java(tmp_path):
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     from train.data import open_dataset
 
@@ -130,8 +128,4 @@ def test_against_pycocoevalcap_and_java(tmp_path):
     assert [s[3] for s in ours.captions] == pytest.approx(each[3], abs=1e-6)
     assert cider_d(candidates, references) == pytest.approx(list(Cider().compute_score(truth, given)[1]), abs=1e-6)
     assert rouge_l(candidates, references) == pytest.approx(list(Rouge().compute_score(truth, given)[1]), abs=1e-6)
-    if shutil.which("java") is None:
-        subprocess.run(["java", "-version"], check=True)  # the machine of the full tests has it
-    captions = {i: [{"caption": caption} for caption in said] for i, said in enumerate(texts)}
-    java = PTBTokenizer().tokenize(captions)
-    assert {i: [" ".join(ptb_words(c)) for c in said] for i, said in enumerate(texts)} == java
+    assert differing([caption for said in texts for caption in said] + [caption for caption, _ in CASES]) == []
