@@ -119,7 +119,8 @@ def _middle(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def _as_pil(image: Image.Image | np.ndarray) -> Image.Image:
+def as_pil(image: Image.Image | np.ndarray) -> Image.Image:
+    """An image of either form as PIL's."""
     return Image.fromarray(image) if isinstance(image, np.ndarray) else image
 
 
@@ -137,7 +138,7 @@ def center_image(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     """
     if isinstance(image, np.ndarray) and image.shape[:2] == (size, size):
         return image
-    image = _as_pil(image)
+    image = as_pil(image)
     shape = _resized(*image.size, size)
     if shape[0] * shape[1] > MAX_PIXELS:
         # A strip would be blown up beyond all memory only to be cut away.
@@ -222,7 +223,7 @@ def random_image(
     Returns:
         (size, size, 3) uint8.
     """
-    image = _as_pil(image)
+    image = as_pil(image)
     left, top, w, h = random_crop_box(*image.size, draws, scale, ratio)
     crop = image.crop((left, top, left + w, top + h))
     return np.array(crop.resize((size, size), Image.Resampling.BICUBIC))

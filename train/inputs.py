@@ -63,7 +63,8 @@ class Inputs(NamedTuple):
             batch = Batch(*(part.to(device, non_blocking=True) for part in trimmed[:4]))
             # Only a stand-in for an unreadable image can bring the same sample twice, and scenes have none.
             place = Place(loaded.epoch, loaded.index, loaded.keys)
-            yield batch._replace(ids=None) if self.train.fresh else batch, place
+            distinct = self.train.fresh and not self.train.repeats
+            yield batch._replace(ids=None) if distinct else batch, place
 
     def found_bad(self) -> int:
         """Samples that this rank found unusable while training."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from train.data.classes import ClassFolders
+from train.data.coco import CocoCaptions, KarpathyCaptions, annotation_file
 from train.data.sample import BadSample, DataError, Question, Region, Sample, Skipped, Source, readable
-from train.data.spec import check_source, parse_spec
+from train.data.spec import SourceSpec, check_source, parse_spec
+from train.data.tables import Table
 
 if TYPE_CHECKING:
     from train.data.loader import LoadedBatch, Loader, batches
@@ -48,7 +51,7 @@ def open_dataset(
         split: train, val or test.
         seed: of generated data, where the specification gives none.
         image_size: side of generated pictures in pixels.
-        whole: a table without a column `split` is used whole for the split asked for, nothing held out.
+        whole: a source without splits is used whole for the split asked for, nothing held out.
 
     Returns:
         A map-style data set of `Sample`.
@@ -58,8 +61,16 @@ def open_dataset(
     """
     if split not in ("train", "val", "test"):
         raise DataError(f"data source {spec!r}: no split {split!r}; there are train, val and test")
-    parsed = check_source(spec)
+    return _opened(check_source(spec), split, seed, image_size, whole)
+
+
+def _opened(parsed: SourceSpec, split: str, seed: int, image_size: int | None, whole: bool) -> Source:
     options = dict(parsed.options)
+    if parsed.kind == "mixture":
+        from train.data.mixture import Mixture
+
+        parts = [_opened(part, split, seed, image_size, whole) for part in parsed.parts]
+        return Mixture(parts, list(parsed.weights), parsed.text)
     if parsed.kind == "scenes":
         from train.data.scenes import Scenes
 
@@ -67,6 +78,16 @@ def open_dataset(
             # The option sizes an epoch of training; held-out splits keep their size.
             options.pop("count", None)
         return Scenes(split, image_size=image_size or 64, seed=options.pop("seed", seed), **options)
-    from train.data.tables import Table
+    if parsed.kind == "shards":
+        from train.data.shards import Shards, find_shards
 
-    return Table(parsed.path, split, whole=whole, **options)
+        shards = find_shards(parsed.shards, parsed.path, options.pop("index", None))
+        return Shards(parsed.text, shards, split, whole=whole, **options)
+    if parsed.kind == "coco":
+        year = options.pop("year", None)
+        if parsed.path.is_dir():
+            # A file for each split: each is used whole.
+            return CocoCaptions(annotation_file(parsed.path, split, year), split, whole=True, **options)
+        return CocoCaptions(parsed.path, split, whole=whole, **options)
+    kinds = {"table": Table, "karpathy": KarpathyCaptions, "classes": ClassFolders}
+    return kinds[parsed.kind](parsed.path, split, whole=whole, **options)

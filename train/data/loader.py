@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sycoca.images import center_image, normalise, random_image
-from train.data.order import mix, mix_array, shuffled
+from train.data.order import CAPTION, CROP, SEED, STAND_IN, mix, mix_array
 from train.data.sample import BadSample, DataError, Skipped, Source
 
-_ORDER, _STAND_IN, _CAPTION, _CROP, _SEED = range(1, 6)
 _ATTEMPTS = 100
 _PREFETCH = 3
+# Global batches between asking a far source for samples and using them.
+_AHEAD = 32
 
 
 class LoadedBatch(NamedTuple):
@@ -69,9 +70,10 @@ class _Maker(Dataset):
             return error, []
 
     def _batch(self, epoch: int, index: int) -> tuple[LoadedBatch, list[tuple[str, str]]]:
-        size = len(self.source)
         positions = index * self.global_batch + self.first + np.arange(self.local)
-        chosen = shuffled(positions, size, mix(self.seed, epoch, _ORDER))
+        chosen = self.source.order(epoch, positions, self.seed)
+        if self.source.far:
+            self._look_ahead(epoch, positions)
         pictures = np.empty((self.local, self.image_size, self.image_size, 3), dtype=np.uint8)
         captions, keys, faults = [], [], []
         for row, position in enumerate(positions.tolist()):
@@ -82,7 +84,8 @@ class _Maker(Dataset):
                     break
                 except BadSample as bad:
                     faults.append((bad.key, bad.cause))
-                    number = mix(self.seed, epoch, position, _STAND_IN, attempt) % size
+                    word = mix(self.seed, epoch, position, STAND_IN, attempt)
+                    number = self.source.stand_in(number, word, attempt)
             else:
                 raise DataError(
                     f"data source '{self.source.name}': {_ATTEMPTS} samples in a row were bad, {faults[-1]}"
@@ -90,25 +93,32 @@ class _Maker(Dataset):
             chosen[row] = number
             captions.append(caption)
             keys.append(key)
-        seeds = (mix_array(mix(self.seed, epoch, _SEED), chosen) >> np.uint64(1)).astype(np.int64)
+        seeds = (mix_array(mix(self.seed, epoch, SEED), chosen) >> np.uint64(1)).astype(np.int64)
         images = torch.from_numpy(pictures)
         batch = LoadedBatch(
             normalise(images) if self.normalised else images,
             self.tokenizer.encode(captions, self.context_length),
             torch.from_numpy(seeds),
-            torch.from_numpy(chosen),
+            torch.from_numpy(self.source.identities(chosen)),
             tuple(keys),
             epoch,
             index,
         )
         return batch, faults
 
+    def _look_ahead(self, epoch: int, positions: np.ndarray) -> None:
+        size = len(self.source)
+        epochs, later = np.divmod(positions + _AHEAD * self.global_batch, size)
+        if epochs.max(initial=0) < 2:
+            for turn in (0, 1):
+                self.source.prefetch(self.source.order(epoch + turn, later[epochs == turn], self.seed))
+
     def _sample(self, epoch: int, number: int) -> tuple[np.ndarray, str, str]:
         index = number + epoch * len(self.source) if self.source.fresh else number
-        image, caption, key = self.source.pair(index, mix(self.seed, epoch, number, _CAPTION))
+        image, caption, key = self.source.pair(index, mix(self.seed, epoch, number, CAPTION))
         if self.crop_scale is None:
             return center_image(image, self.image_size), caption, key
-        draws = np.random.Generator(np.random.Philox(key=mix(self.seed, epoch, number, _CROP)))
+        draws = np.random.Generator(np.random.Philox(key=mix(self.seed, epoch, number, CROP)))
         return random_image(image, self.image_size, draws, scale=self.crop_scale), caption, key
 
 

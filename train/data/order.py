@@ -14,6 +14,9 @@ _WORD = (1 << 64) - 1
 _STEP = 0x9E3779B97F4A7C15
 _ROUNDS = 6
 
+# What a word is for, so that no two uses share one.
+ORDER, STAND_IN, CAPTION, CROP, SEED, PLACES = range(1, 7)
+
 
 def _finalise_int(z: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD

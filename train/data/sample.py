@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import io
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LONGEST_CAPTION = 10_000
 
 
 class DataError(ValueError):
@@ -24,6 +30,19 @@ class BadSample(Exception):
 
     def __reduce__(self):
         return type(self), (self.cause, self.key)
+
+
+def caption_fault(caption: str) -> str | None:
+    """What is wrong with a caption, in words that many share; bytes that are not UTF-8 arrive as surrogates."""
+    if not caption or caption.isspace():
+        return "empty caption"
+    if len(caption) > LONGEST_CAPTION:
+        return f"caption over {LONGEST_CAPTION} characters"
+    if "\0" in caption:
+        return "caption holds NUL"
+    if not caption.isascii() and any("\ud800" <= c <= "\udfff" for c in caption):
+        return "caption is not UTF-8"
+    return None
 
 
 class Region(NamedTuple):
@@ -100,6 +119,23 @@ class Skipped:
             counts[cause] = counts.get(cause, 0) + 1
         return counts
 
+    def add(self, other: Skipped) -> None:
+        """Takes over another account."""
+        for key, cause in other.samples.items():
+            self.sample(key, cause)
+        self.add_rows(other.rows, other._examples)
+
+    def add_rows(self, rows: dict[str, int], examples: dict[str, str]) -> None:
+        """Takes over counts of rows by cause, and an example of each."""
+        for cause, count in rows.items():
+            self.rows[cause] = self.rows.get(cause, 0) + count
+        for cause, example in examples.items():
+            self._examples.setdefault(cause, example)
+
+    def examples(self) -> dict[str, str]:
+        """The first sample or row of each cause."""
+        return dict(self._examples)
+
     def line(self) -> str:
         """One line for a person, empty if nothing was left out."""
         counts = self.counts()
@@ -116,12 +152,16 @@ class Source:
     """A map-style data set.
 
     `fresh` says that every epoch has samples of its own: epoch e holds the indices e * len(self) + i.
+    `repeats` says that an epoch may show a sample more than once.
+    `far` says that samples come over a network, so that it helps to name them ahead.
     `skipped` accounts for what was left out while the source was opened.
     """
 
     name: str
     split: str
     fresh: bool = False
+    repeats: bool = False
+    far: bool = False
     skipped: Skipped
 
     def __len__(self) -> int:
@@ -150,6 +190,45 @@ class Source:
     def texts(self, limit: int | None = None):
         """The captions alone, of the first `limit` samples, without touching an image: food for a tokenizer."""
         raise NotImplementedError
+
+    def encoded(self, index: int) -> tuple[bytes, str]:
+        """The image as a file: its bytes and its ending; the stored bytes where there are any, else PNG.
+
+        Raises:
+            BadSample: the file is missing.
+        """
+        from PIL import Image
+
+        image = self[index].image
+        file = io.BytesIO()
+        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, "PNG")
+        return file.getvalue(), "png"
+
+    def order(self, epoch: int, positions: np.ndarray, seed: int) -> np.ndarray:
+        """The samples at the given positions of an epoch: a permutation keyed by seed and epoch.
+
+        Args:
+            epoch: its number.
+            positions: (n,) int64 in [0, len(self)).
+            seed: of the run.
+
+        Returns:
+            (n,) int64.
+        """
+        from train.data.order import ORDER, mix, shuffled
+
+        return shuffled(positions, len(self), mix(seed, epoch, ORDER))
+
+    def stand_in(self, number: int, word: int, attempt: int) -> int:
+        """A sample to take instead of the bad one `number`, chosen by a 64-bit word."""
+        return word % len(self)
+
+    def identities(self, numbers: np.ndarray) -> np.ndarray:
+        """Equal integers for what is the same sample, of (n,) int64 that `order` gave."""
+        return numbers
+
+    def prefetch(self, numbers: np.ndarray) -> None:
+        """Told which samples will be asked for soon; a source that fetches from afar begins with it."""
 
 
 def readable(dataset: Source, indices=None, skipped: Skipped | None = None):

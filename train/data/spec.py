@@ -1,31 +1,43 @@
 """The grammar of data specifications, and the check of one before anything heavy is imported.
 
 SPEC   = SOURCE ["?" KEY "=" VALUE {"&" KEY "=" VALUE}]
-SOURCE = "scenes" | PATH.tsv | PATH.csv | FOLDER with captions.tsv
-MIX    = SPEC "=" WEIGHT {"," SPEC "=" WEIGHT}            reserved
+SOURCE = "scenes"                                    rendered scenes, no files
+       | PATH.tsv | PATH.csv | FOLDER                a table, or a folder with captions.tsv
+       | ["coco:"] PATH.json | FOLDER                COCO captions, or a folder with annotations/captions_train*.json
+       | ["karpathy:"] PATH.json                     Karpathy's splits
+       | ["shards:"] SHARDS | FOLDER                 WebDataset shards, or a folder with the index.json of some
+       | ["classes:"] FOLDER                         folders of images by class
+SHARDS = PATH.tar | "http(s)://" URL.tar | "pipe:" COMMAND, with {000..099} and {a,b} for several
+MIX    = SPEC "=" WEIGHT {"," SPEC "=" WEIGHT}
+
+Without its prefix a source is known by its ending and its content.
 """
 
-import csv
 import difflib
 import os
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.data.braces import expand
+from train.data.classes import has_classes
+from train.data.coco import annotation_files, check_images, looks_like_karpathy
+from train.data.paths import nearest_path, quoted_nearest, told
 from train.data.sample import DataError
+from train.data.table_header import header_columns
 
 TABLE_SUFFIXES = (".tsv", ".csv")
 FOLDER_TABLE = "captions.tsv"
-IMAGE_COLUMNS = ("image", "filepath", "path", "file")
-CAPTION_COLUMNS = ("caption", "title", "text")
-SPLIT_COLUMN = "split"
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+INDEX = "index.json"
+KINDS = ("scenes", "table", "coco", "karpathy", "shards", "classes")
+REMOTE = ("http://", "https://", "pipe:")
+_PREFIX = re.compile(r"(table|coco|karpathy|shards|classes):(.*)", re.DOTALL)
+_GIVE = "'scenes', a .tsv, .csv or .json file, .tar shards, or a folder that holds one of them"
 
 # Splits of generated data lie this far apart.
 _MOST = 1 << 40
-_MIXTURE = re.compile(r"[^,]+=\d*\.?\d+(,[^,]+=\d*\.?\d+)+")
+_WEIGHTED = re.compile(r"(.+)=(\d*\.?\d+(?:[eE][-+]?\d+)?)", re.DOTALL)
 
 
 def _count(text: str) -> int:
@@ -46,63 +58,48 @@ def _flag(text: str) -> bool:
     return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
 
 
-_OPTIONS = {
+def _template(text: str) -> str:
+    if "{}" not in text:
+        raise ValueError(text)
+    return text
+
+
+_IMAGES = {"images": (str, "a folder")}
+_VAL_SHARE = {"val_share": (_share, "a number between 0 and 1")}
+_OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     "scenes": {
         "count": (_count, "a whole number of at least 1"),
         "fresh": (_flag, "true or false"),
         "seed": (int, "a whole number"),
     },
-    "table": {"images": (str, "a folder"), "val_share": (_share, "a number between 0 and 1")},
+    "table": {**_IMAGES, **_VAL_SHARE},
+    "coco": {**_IMAGES, **_VAL_SHARE, "year": (str, "a year")},
+    "karpathy": _IMAGES,
+    "shards": {
+        **_VAL_SHARE,
+        "index": (str, "a file"),
+        "cache": (str, "a folder"),
+        "window": (_count, "a whole number of at least 1"),
+    },
+    "classes": {**_VAL_SHARE, "template": (_template, "a caption with {} in it")},
 }
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One parsed source: `kind` is scenes or table, `path` the file of a table."""
+    """One parsed source.
+
+    `path` is the file or folder; `shards` the names of shards given one by one; `parts` and `weights` belong to a
+    mixture.
+    """
 
     kind: str
     text: str
     path: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
-
-
-def quoted_nearest(word: str, known) -> str:
-    """The end of an error line about a word that is not known: the one closest to it."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _nearest_path(path: Path) -> str:
-    """The end of an error line about a path that is not there: what is, closest to it."""
-    fixed = Path(path.anchor) if path.is_absolute() else Path()
-    parts = path.parts[1:] if path.is_absolute() else path.parts
-    for position, part in enumerate(parts):
-        following = fixed / part
-        if following.exists():
-            fixed = following
-            continue
-        try:
-            names = [] if not fixed.is_dir() else os.listdir(fixed)
-        except OSError:
-            names = []
-        close = difflib.get_close_matches(part, names, n=1, cutoff=0.6)
-        if not close:
-            # The last name alone may be wrong in its ending only.
-            close = [n for n in names if Path(n).stem == Path(part).stem][:1]
-        if close:
-            whole = fixed.joinpath(close[0], *parts[position + 1 :])
-            return f"; did you mean '{whole if whole.exists() else fixed / close[0]}'?"
-        return f"; the nearest existing path is '{fixed}'"
-    return ""
-
-
-@contextmanager
-def told(path):
-    """Turns what the system refuses while a source is opened into one line that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"data source '{error.filename or path}': {error.strerror or error}") from None
+    shards: tuple[str, ...] = ()
+    parts: tuple["SourceSpec", ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 def _parse_options(kind: str, text: str, spec: str) -> dict[str, Any]:
@@ -136,82 +133,122 @@ def parse_spec(spec: str) -> SourceSpec:
         DataError: not of the grammar, no such kind of source, no such path, or none that may be looked at.
     """
     if not spec or not spec.strip():
-        raise DataError("data source: empty; give 'scenes', a .tsv or .csv file, or a folder that holds captions.tsv")
+        raise DataError(f"data source: empty; give {_GIVE}")
     with told(spec.strip()):
         return _parsed(spec.strip())
 
 
+def _mixture(spec: str) -> list[tuple[str, float]]:
+    """The parts of a mixture; empty where it is none."""
+    parts: list[tuple[str, float]] = []
+    begun = ""
+    # A comma may also stand inside braces or a command.
+    for piece in re.split(r",(?![^{}]*\})", spec):
+        begun += ("," if begun else "") + piece
+        if match := _WEIGHTED.fullmatch(begun):
+            parts.append((match[1], float(match[2])))
+            begun = ""
+    return parts if len(parts) > 1 and not begun else []
+
+
 def _parsed(spec: str) -> SourceSpec:
-    source, mark, tail = spec.partition("?")
-    if mark and not Path(source).exists() and Path(spec).exists():
-        source, mark, tail = spec, "", ""
-    if source == "scenes":
+    if not os.path.exists(spec) and (mixed := _mixture(spec)):
+        if wrong := [part for part, weight in mixed if not weight > 0]:
+            raise DataError(f"data source {spec!r}: the weight of {wrong[0]!r} is not above 0")
+        parts = tuple(_parsed(part) for part, _ in mixed)
+        return SourceSpec("mixture", spec, parts=parts, weights=tuple(weight for _, weight in mixed))
+    match = None if os.path.exists(spec) else _PREFIX.fullmatch(spec)
+    asked, rest = (match[1], match[2]) if match else (None, spec)
+    if rest.startswith(REMOTE):
+        return _remote(spec, rest)
+    source, mark, tail = rest.partition("?")
+    if mark and not Path(source).exists() and Path(rest).exists():
+        source, mark, tail = rest, "", ""
+    if source == "scenes" and asked is None:
         return SourceSpec("scenes", spec, options=_parse_options("scenes", tail, spec) if mark else {})
     path = Path(source).expanduser()
+    if not path.exists() and "{" in source:
+        return _listed_shards(spec, source, _parse_options("shards", tail, spec) if mark else {})
+    kind, path = _kind(path, asked, source, spec)
+    shards = (str(path),) if kind == "shards" and path.suffix == ".tar" else ()
+    return SourceSpec(kind, spec, path, _parse_options(kind, tail, spec) if mark else {}, shards)
+
+
+def _remote(spec: str, rest: str) -> SourceSpec:
+    source, _, tail = rest.rpartition("?")
+    # An address or a command may have a question mark of its own.
+    is_options = source and all(item.partition("=")[0] in _OPTIONS["shards"] for item in tail.split("&"))
+    source, options = (source, _parse_options("shards", tail, spec)) if is_options else (rest, {})
+    return SourceSpec("shards", spec, options=options, shards=tuple(expand(source)))
+
+
+def _listed_shards(spec: str, source: str, options: dict[str, Any]) -> SourceSpec:
+    names = [str(Path(name).expanduser()) for name in expand(source)]
+    for name in names:
+        if not name.endswith(".tar"):
+            raise DataError(f"data source {spec!r}: shards end in .tar, '{name}' does not")
+        if not Path(name).is_file():
+            raise DataError(f"data source {spec!r}: no file '{name}'{nearest_path(Path(name))}")
+    return SourceSpec("shards", spec, Path(names[0]).parent, options, tuple(names))
+
+
+def _kind(path: Path, asked: str | None, source: str, spec: str) -> tuple[str, Path]:
+    """Kind and file of a path that should be there."""
     if not path.exists():
-        if _MIXTURE.fullmatch(spec):
-            raise DataError(f"data source {spec!r}: mixtures of sources are not supported; give one source")
         scenes = difflib.get_close_matches(source.lower(), ["scenes"], cutoff=0.7)
-        hint = "; did you mean 'scenes'?" if scenes else _nearest_path(path)
+        hint = "; did you mean 'scenes'?" if scenes and asked is None else nearest_path(path)
+        if (prefix := source.partition(":"))[1] and not path.is_absolute():
+            hint = quoted_nearest(prefix[0], KINDS) or hint
         raise DataError(f"data source not found: {source!r}{hint}")
     if path.is_dir():
-        if not (path / FOLDER_TABLE).is_file():
-            tables = sorted(p.name for p in path.iterdir() if p.suffix in TABLE_SUFFIXES)
-            hint = f"; did you mean '{path / tables[0]}'?" if tables else f"; a folder needs a {FOLDER_TABLE}"
-            state = "empty folder" if not any(path.iterdir()) else f"no {FOLDER_TABLE} in folder"
-            raise DataError(f"data source: {state} '{path}'{hint}")
-        path = path / FOLDER_TABLE
-    elif path.suffix.lower() not in TABLE_SUFFIXES:
-        raise DataError(f"data source: '{path}' is of no known kind; give 'scenes', a .tsv or .csv file, or a folder")
-    return SourceSpec("table", spec, path, _parse_options("table", tail, spec) if mark else {})
-
-
-def is_tsv(path: Path) -> bool:
-    """Whether fields are separated by tabs and quotes mean nothing, rather than as RFC 4180 says."""
-    return path.suffix.lower() == ".tsv"
-
-
-def split_rows(lines, path: Path):
-    """Rows of fields, for a .tsv without quoting, for a .csv with it."""
-    if is_tsv(path):
-        return [line.rstrip("\r\n").split("\t") for line in lines]
-    return list(csv.reader(lines))
-
-
-def header_columns(path: Path) -> dict[str, int]:
-    """Positions of the columns of a table.
-
-    Args:
-        path: a .tsv or .csv file.
-
-    Returns:
-        Position of `image`, of `caption`, and of `split` where there is one.
-
-    Raises:
-        DataError: unreadable, empty, or no such columns.
-    """
-    with told(path), open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        first = next((line for line in iter(lambda: file.readline(1 << 16), "") if line.strip()), "")
-        has_rows = any(line.strip() for line in file)
-    if not first:
-        raise DataError(f"data source '{path}': empty file")
-    names = [name.strip().lower() for name in split_rows([first], path)[0]]
-    separator = "tabs" if is_tsv(path) else "commas"
-    columns: dict[str, int] = {}
-    for column, accepted in (("image", IMAGE_COLUMNS), ("caption", CAPTION_COLUMNS)):
-        found = [name for name in accepted if name in names]
-        if not found:
-            suggestion = next((quoted_nearest(name, accepted) for name in names if quoted_nearest(name, accepted)), "")
+        kind, path = _folder_kind(path, asked)
+    else:
+        suffix = path.suffix.lower()
+        kind = "table" if suffix in TABLE_SUFFIXES else "shards" if suffix == ".tar" else None
+        if suffix == ".json":
+            kind = "shards" if path.name == INDEX or asked == "shards" else None
+            kind = kind or asked or ("karpathy" if looks_like_karpathy(path) else "coco")
+        if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.zst")):
             raise DataError(
-                f"data source '{path}': no column of the header {names} is called "
-                f"{' or '.join(accepted)}{suggestion if len(names) > 1 else f'; is it separated by {separator}?'}"
+                f"data source: '{path}' is compressed, which forbids reading at any place; unpack it to .tar"
             )
-        columns[column] = names.index(found[0])
-    if SPLIT_COLUMN in names:
-        columns["split"] = names.index(SPLIT_COLUMN)
-    if not has_rows:
-        raise DataError(f"data source '{path}': a header and no rows")
-    return columns
+    if kind is None:
+        raise DataError(f"data source: '{path}' is of no known kind; give {_GIVE}")
+    if asked is not None and asked != kind:
+        raise DataError(f"data source {spec!r}: '{path}' is no source of kind {asked!r}; it looks like {kind!r}")
+    return kind, path
+
+
+def _folder_kind(path: Path, asked: str | None) -> tuple[str, Path]:
+    if asked in (None, "table") and (path / FOLDER_TABLE).is_file():
+        return "table", path / FOLDER_TABLE
+    if asked in (None, "shards") and (path / INDEX).is_file():
+        return "shards", path / INDEX
+    if asked in (None, "coco") and annotation_files(path):
+        return "coco", path
+    if asked in (None, "classes") and has_classes(path):
+        return "classes", path
+    if asked is not None:
+        raise DataError(f"data source: folder '{path}' holds no source of kind {asked!r}")
+    names = sorted(path.iterdir())
+    tables = [p.name for p in names if p.suffix in TABLE_SUFFIXES]
+    tars = [p.name for p in names if p.suffix == ".tar"]
+    jsons = [p.name for p in names if p.suffix == ".json"]
+    if not names:
+        raise DataError(f"data source: empty folder '{path}'; a folder needs a {FOLDER_TABLE}")
+    if tars:
+        raise DataError(f"data source: no {INDEX} in folder '{path}'; did you mean '{path / brace(tars)}'?")
+    near = tables or jsons
+    hint = f"; did you mean '{path / near[0]}'?" if near else f"; a folder needs a {FOLDER_TABLE}"
+    raise DataError(f"data source: no {FOLDER_TABLE} in folder '{path}'{hint}")
+
+
+def brace(names: list[str]) -> str:
+    """A pattern for numbered names, such as a-{000..009}.tar; else the first of them."""
+    match = [re.fullmatch(r"(.*?)(\d+)(\.tar)", name) for name in names]
+    if len(names) > 1 and all(match) and len({(m[1], len(m[2])) for m in match}) == 1:
+        return f"{match[0][1]}{{{match[0][2]}..{match[-1][2]}}}.tar"
+    return names[0]
 
 
 def check_source(spec: str) -> SourceSpec:
@@ -227,10 +264,9 @@ def check_source(spec: str) -> SourceSpec:
         DataError: one line that names the path and the nearest right one.
     """
     parsed = parse_spec(spec)
-    if parsed.kind == "table":
-        header_columns(parsed.path)
-        images = parsed.options.get("images")
-        with told(images):
-            if images is not None and not Path(images).is_dir():
-                raise DataError(f"data source: no folder '{images}'{_nearest_path(Path(images))}")
+    for part in parsed.parts or (parsed,):
+        if part.kind == "table":
+            header_columns(part.path)
+        if part.kind in ("table", "coco", "karpathy"):
+            check_images(part.path, part.options.get("images"))
     return parsed

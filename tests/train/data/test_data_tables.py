@@ -309,7 +309,8 @@ WRONG = {
     "{}/commas.tsv": "separated by tabs",
     "{}/other.tsv": "no column of the header ['id', 'captoin'] is called image or filepath or path or file",
     "{}/notes.txt": "is of no known kind",
-    "scenes=0.7,{}/captions.tsv=0.3": "mixtures of sources are not supported",
+    "scenes=0.7,{}/captoins.tsv=0.3": "did you mean '{}/captions.tsv'?",
+    "scenes=0.7,{}/captions.tsv=0": "the weight of '{}/captions.tsv' is not above 0",
 }
 
 

@@ -1,0 +1,81 @@
+"""Phrase boxes: one as a file gives it, and the file of them beside a list of images."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from train.data.sample import Region, Skipped
+
+_NAMES = ("regions.jsonl.gz", "regions.jsonl")
+_BOX_SLACK = 1e-3
+
+
+def read_region(item) -> Region:
+    """A region as its file gives it; ValueError says in words that many share why it cannot be used."""
+    if not isinstance(item, dict):
+        raise ValueError("region is not an object")
+    phrase, box, caption = item.get("phrase"), item.get("bbox"), item.get("caption", -1)
+    if not isinstance(phrase, str) or not phrase.strip():
+        raise ValueError("region without a phrase")
+    if "\ufffd" in phrase:
+        raise ValueError("phrase of a region is not UTF-8")
+    if not isinstance(box, list) or len(box) != 4 or any(type(side) not in (int, float) for side in box):
+        raise ValueError("box of a region is not four numbers")
+    # A writer's rounding may put a side just outside.
+    if not all(-_BOX_SLACK <= side <= 1 + _BOX_SLACK for side in box):
+        raise ValueError("box of a region is outside its image")
+    x0, y0, x1, y1 = (min(1.0, max(0.0, float(side))) for side in box)
+    if x0 >= x1 or y0 >= y1:
+        raise ValueError("box of a region has no area")
+    if type(caption) is not int:
+        raise ValueError("caption of a region is not a whole number")
+    attributes = item.get("attributes")
+    return Region(phrase, (x0, y0, x1, y1), caption, attributes if isinstance(attributes, dict) else None)
+
+
+class RegionFile:
+    """The boxes that lie beside a list, read at the first question; damage costs the boxes it hits, and is counted."""
+
+    def __init__(self, folder: Path, skipped: Skipped) -> None:
+        self._folder, self._skipped = folder, skipped
+        self._found: dict[str, list[Region]] | None = None
+
+    def of(self, name: str, wanted: Sequence[str]) -> list[Region] | None:
+        """The boxes of an image; `wanted` names all images that may be asked for."""
+        if self._found is None:
+            self._found = self._read(set(wanted))
+        return self._found.get(name)
+
+    def _read(self, wanted: set[str]) -> dict[str, list[Region]]:
+        path = next((self._folder / n for n in _NAMES if os.path.isfile(self._folder / n)), None)
+        if path is None:
+            return {}
+        regions: dict[str, list[Region]] = {}
+        reader = gzip.open if path.suffix == ".gz" else open
+        number = 0
+        try:
+            with reader(path, "rt", encoding="utf-8", errors="replace") as file:
+                for number, line in enumerate(file, 1):
+                    where = f"{path.name}:{number}"
+                    try:
+                        entry = json.loads(line)
+                        name, found = entry["image"], list(entry["regions"])
+                        if name not in wanted:
+                            continue
+                    except (ValueError, KeyError, TypeError, RecursionError):
+                        self._skipped.row("line of regions is damaged", where)
+                        continue
+                    regions[name] = []
+                    for item in found:
+                        try:
+                            regions[name].append(read_region(item))
+                        except ValueError as error:
+                            self._skipped.row(str(error), where)
+        except (EOFError, OSError, zlib.error):
+            self._skipped.row("file of regions is damaged", f"{path.name}:{number + 1}")
+        return regions
