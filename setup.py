@@ -37,6 +37,7 @@ setup(
         "openclip": OPENCLIP,
         "coco": ["pycocoevalcap>=1.2"],
         "peers": ["inf-cl>=1.2", "memeff>=0.3.1", "siglip-kernel>=0.1.2", "liger-kernel>=0.8", *OPENCLIP],
-        "dev": [*TRAIN, *PARQUET, *DOCS, "pytest>=8", "pytest-benchmark>=5", "ruff>=0.9"],
+        "wandb": ["wandb>=0.19"],
+        "dev": [*TRAIN, *PARQUET, *DOCS, "pytest>=8", "pytest-benchmark>=5", "ruff>=0.9", "webdataset>=1.0"],
     },
 )

@@ -74,8 +74,9 @@ class ScheduleConfig(Section):
 class DataConfig(Section):
     """`train` and `val` are sources as `open_dataset` takes them; without `val` the training source's own val part.
 
-    `crop_scale` is the range of a random crop's share of the area; None crops the centre. A run stops when it finds
-    more than `max_left_out` of the training samples unusable.
+    `crop_scale` is the range of a random crop's share of the area; None crops the centre. `flip` is the share of
+    pictures shown mirrored, which makes captions that say left and right wrong. A run stops when it finds more than
+    `max_left_out` of the training samples unusable.
     """
 
     train: str = "scenes"
@@ -84,11 +85,12 @@ class DataConfig(Section):
     workers: int = 4
     tokenizer: str = "clip"
     crop_scale: tuple[float, float] | None = (0.9, 1.0)
+    flip: float = 0.0
     max_left_out: float = 0.1
 
     def __post_init__(self) -> None:
         _at_least(self, val_pairs=2, workers=0)
-        _shares(self, "max_left_out")
+        _shares(self, "flip", "max_left_out")
         if self.crop_scale is not None:
             low, high = self.crop_scale
             require(0 < low <= high <= 1, f"crop_scale: {self.crop_scale}, needs 0 < low <= high <= 1")
@@ -101,6 +103,7 @@ class TrainConfig(Section):
     A checkpoint is written every `save_every` steps and every `save_minutes` minutes; the `keep_last` newest stay, and
     those whose step `keep_every` divides. A loss above `spike_factor` times the median of those before is told.
     `compile` compiles the blocks, which takes minutes before the first step.
+    `wandb` is the Weights & Biases project that gets the figures too.
     """
 
     steps: int | None = None
@@ -117,6 +120,7 @@ class TrainConfig(Section):
     spike_factor: float | None = 2.0
     timeout_s: float = 1800.0
     compile: bool = False
+    wandb: str | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, steps=1, micro_batch=1, accumulation=1, log_every=1, save_every=1, keep_last=1, keep_every=1)

@@ -55,6 +55,7 @@ class Inputs(NamedTuple):
             start=start,
             workers=config.data.workers,
             crop_scale=config.data.crop_scale,
+            flip=config.data.flip,
         )
         # Skips found while training belong beside those found while opening.
         loader.skipped = self.train.skipped

@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 from sycoca.config import ConfigError, from_dict, nearest, to_dict
 from train import deepspeed_json
-from train.config import PRESETS, RunConfig, preset
+from train.config import PRESETS, RunConfig
 from train.data import DataError, open_dataset
 from train.precedence import taken_over
+from train.recipe import chosen, recipes
 from train.run_folder import check_writable, checkpoint_steps, free_run_dir, read_run_config, resume_dir
 
 # With another value of these, or of the model's, what is continued would be another run.
@@ -70,8 +71,14 @@ def parser(prog: str) -> argparse.ArgumentParser:
     p.add_argument(
         "--config", required=True, metavar="JSON", help="DeepSpeed JSON, looked up as given, then beside this script"
     )
-    p.add_argument("--preset", help=f"one of {', '.join(PRESETS)}; without it the one that fits the hardware")
-    p.add_argument("--data", help="training source: scenes, a TSV or CSV table, or a folder with captions.tsv")
+    p.add_argument(
+        "--preset",
+        help=f"one of {', '.join([*PRESETS, *recipes()])}, or the .toml of a recipe; "
+        "without it the one that fits the hardware",
+    )
+    p.add_argument(
+        "--data", help="training source: scenes, a table, COCO, tar shards, a mixture (docs/guides/own_data.md)"
+    )
     p.add_argument("--run-dir", type=Path, help="folder of the run; without it a free one under runs/")
     p.add_argument("--resume", action="store_true", help="continue --run-dir, or else the newest run")
     p.add_argument("--reshape", action="store_true", help="with --resume: on another number of ranks or ZeRO stage")
@@ -107,7 +114,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     ds_raw, ds = deepspeed_json.read(ds_path)
     run_dir = resume_dir(args.run_dir) if args.resume else None
     if run_dir is None:
-        config = preset(args.preset, has_cuda)
+        config = chosen(args.preset, has_cuda)
     else:
         config, batch, stage = read_run_config(run_dir)
         if args.reshape:
@@ -144,6 +151,8 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     )
     _check_sources(config, world, newest)
     _check_tokenizer(config)
+    if config.train.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"train.wandb={config.train.wandb}: Weights & Biases is not installed: pip install wandb")
     check_writable(run_dir)
     if args.print_config:
         if os.environ.get("RANK", "0") == "0":

@@ -43,6 +43,7 @@ class RunLog:
         group: process group over which losses are averaged, or None for this process alone.
         names: of the values of a step, in their order.
         spikes: tells losses that leap; None notes none.
+        wandb: project at Weights & Biases that gets the figures too; None for none.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class RunLog:
         group=None,
         names: Sequence[str] = LOSS_NAMES,
         spikes=None,
+        wandb: str | None = None,
     ):
         self.losses, self.names = losses, names
         self.total_steps, self.every, self.group = total_steps, every, group
@@ -65,11 +67,13 @@ class RunLog:
         self._timing: list[Timing] = []
         self._started, self._first_step = time.perf_counter(), first_step
         self._display = Display(total_steps, first_step) if self.writes else None
-        self._jsonl = self._events = None
+        self._jsonl = self._events = self._wandb = None
         if self.writes:
             truncate_after(run_dir / "metrics.jsonl", first_step)
             self._jsonl = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
             self._run_dir = run_dir
+            if wandb is not None:
+                self._wandb = wandb_run(wandb, run_dir)
 
     def step(self, step: int, values: torch.Tensor, scalars: dict, timing: Timing, places: Sequence = ()) -> None:
         """Takes one finished step: values fp32 in the order of `names`, host scalars, timing, its batches."""
@@ -115,6 +119,8 @@ class RunLog:
         for name, value in row.items():
             if name not in ("step", "eta_s") and value is not None:
                 self._events.add_scalar(f"train/{name}", value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log({f"train/{k}": v for k, v in row.items() if v is not None}, step=row["step"])
 
     def say(self, text: str) -> None:
         """A line for people, above the progress display."""
@@ -128,6 +134,22 @@ class RunLog:
             self._jsonl.close()
             if self._events is not None:
                 self._events.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+
+def wandb_run(project: str, run_dir: Path):
+    """The run at Weights & Biases that belongs to a run's folder: a resumed one goes on where it was."""
+    import wandb
+
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        path.write_text(wandb.util.generate_id() + "\n", encoding="utf-8")
+    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    run_id = path.read_text(encoding="utf-8").strip()
+    return wandb.init(
+        project=project, id=run_id, resume="allow", name=run_dir.name, dir=str(run_dir), config=config["run"]
+    )
 
 
 def truncate_after(path: Path, step: int) -> None:

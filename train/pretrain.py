@@ -70,6 +70,7 @@ def pretrain(launch: Launch) -> None:
         every=train.log_every,
         group=group,
         spikes=Spikes(train.spike_factor),
+        wandb=train.wandb,
     )
     log.say(start_line(launch, model, inputs, world, chosen))
     batches = inputs.batches(first_step * train.accumulation, device)

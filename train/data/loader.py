@@ -60,6 +60,7 @@ class _Maker(Dataset):
         self.image_size = form["image_size"]
         self.context_length = form["context_length"]
         self.crop_scale = form["crop_scale"]
+        self.flip = form["flip"]
         self.normalised = form["normalised"]
 
     def __getitem__(self, ticket: tuple[int, int]) -> tuple[LoadedBatch | DataError, list[tuple[str, str]]]:
@@ -116,10 +117,14 @@ class _Maker(Dataset):
     def _sample(self, epoch: int, number: int) -> tuple[np.ndarray, str, str]:
         index = number + epoch * len(self.source) if self.source.fresh else number
         image, caption, key = self.source.pair(index, mix(self.seed, epoch, number, CAPTION))
-        if self.crop_scale is None:
-            return center_image(image, self.image_size), caption, key
         draws = np.random.Generator(np.random.Philox(key=mix(self.seed, epoch, number, CROP)))
-        return random_image(image, self.image_size, draws, scale=self.crop_scale), caption, key
+        if self.crop_scale is None:
+            picture = center_image(image, self.image_size)
+        else:
+            picture = random_image(image, self.image_size, draws, scale=self.crop_scale)
+        # The last draw, so that crops are the same with and without it.
+        mirrored = self.flip > 0 and draws.random() < self.flip
+        return picture[:, ::-1] if mirrored else picture, caption, key
 
 
 class _Tickets(Sampler):
@@ -211,6 +216,7 @@ def batches(
     epochs: int | None = None,
     workers: int = 0,
     crop_scale: tuple[float, float] | None = (0.9, 1.0),
+    flip: float = 0.0,
     normalised: bool = True,
     pin_memory: bool | None = None,
 ) -> Loader:
@@ -230,6 +236,7 @@ def batches(
         epochs: the epoch to end before; None goes on for ever.
         workers: processes that make batches ahead; 0 makes each when it is asked for.
         crop_scale: range of a random crop's share of the area; None crops the centre.
+        flip: share of pictures that are mirrored.
         normalised: fp32 images ready for the model, rather than uint8 pictures for `sycoca.images.normalise`.
         pin_memory: page-locked tensors; None where CUDA is.
 
@@ -252,6 +259,7 @@ def batches(
         "image_size": image_size,
         "context_length": context_length,
         "crop_scale": crop_scale,
+        "flip": flip,
         "normalised": normalised,
     }
     if pin_memory is None:
