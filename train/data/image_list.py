@@ -87,7 +87,7 @@ class ImageList(Source):
             self._take(self.listed(), val_share, whole)
         first = self._images[:_LOOKED_AT]
         self._folders.sort(key=lambda folder: -sum(os.path.isfile(folder / name) for name in first))
-        self._regions = RegionFile(self.path.parent, self.skipped)
+        self._regions = RegionFile(self.path.parent, self)
 
     def listed(self) -> Iterable[Listed]:
         """All captions of the list; what cannot be one is counted in `skipped`."""
@@ -188,6 +188,9 @@ class ImageList(Source):
     def texts(self, limit: int | None = None):
         for captions in self._captions[:limit]:
             yield from captions
+
+    def ready(self) -> None:
+        self._regions.of("", self._images)
 
     def _regions_of(self, index: int) -> tuple[Region, ...] | None:
         name = self._images[index]

@@ -46,6 +46,7 @@ class Mixture(Source):
         self.skipped = Skipped()
         for part in parts:
             self.skipped.add(part.skipped)
+            part.skipped = self.skipped
         self._parts = parts
         self.far = any(part.far for part in parts)
         self._sizes = np.array([len(part) for part in parts])
@@ -122,6 +123,10 @@ class Mixture(Source):
         plain = numbers % len(self)
         fresh = np.array([part.fresh for part in self._parts])[np.searchsorted(self._starts, plain, side="right") - 1]
         return np.where(fresh, numbers, plain)
+
+    def ready(self) -> None:
+        for part in self._parts:
+            part.ready()
 
     def prefetch(self, numbers: np.ndarray) -> None:
         plain = np.asarray(numbers) % len(self)

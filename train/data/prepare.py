@@ -5,6 +5,7 @@ python -m train.data.prepare --index SPEC OUT      writes OUT alone: the index o
 """
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from train.data.spec import INDEX
 SPLITS = ("train", "val", "test")
 SHARD_SAMPLES = 1000
 _PARTS = ".parts"
+_PR_SET_PDEATHSIG = 1
 
 
 class Job(NamedTuple):
@@ -105,6 +107,8 @@ def _jobs(sources: dict[str, Source], shard_samples: int) -> list[Job]:
 
 def _quiet_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A worker whose parent was killed must not go on writing beside the next start.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _pool(function: Callable, jobs: list, workers: int) -> Iterator:
@@ -127,13 +131,13 @@ class _Writer:
         from train.data.shard_writer import write_shard
 
         account, source = Skipped(), self.sources[job.split]
-        source.skipped = Skipped()
+        before = dict(source.skipped.rows)
         entry, keys = write_shard(source, job.indices, self.out / job.name, self.image_size, account)
         record = {
             "entry": {"file": job.name, **entry},
             "keys": keys,
             "samples": account.samples,
-            "rows": source.skipped.rows,
+            "rows": {c: n - before.get(c, 0) for c, n in source.skipped.rows.items() if n > before.get(c, 0)},
             "examples": source.skipped.examples(),
         }
         write_json(self.out / _PARTS / f"{job.name}.json", record)
@@ -177,6 +181,7 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     out: Path = arguments.out
     account = Skipped()
     for source in sources.values():
+        source.ready()
         account.add(source.skipped)
     with told(out):
         _begin(out, _fingerprint(arguments, sources))

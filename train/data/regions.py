@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.data.sample import Region, Skipped
+from train.data.sample import Region, Source
 
 _NAMES = ("regions.jsonl.gz", "regions.jsonl")
 _BOX_SLACK = 1e-3
@@ -41,8 +41,8 @@ def read_region(item) -> Region:
 class RegionFile:
     """The boxes that lie beside a list, read at the first question; damage costs the boxes it hits, and is counted."""
 
-    def __init__(self, folder: Path, skipped: Skipped) -> None:
-        self._folder, self._skipped = folder, skipped
+    def __init__(self, folder: Path, owner: Source) -> None:
+        self._folder, self._owner = folder, owner
         self._found: dict[str, list[Region]] | None = None
 
     def of(self, name: str, wanted: Sequence[str]) -> list[Region] | None:
@@ -68,14 +68,14 @@ class RegionFile:
                         if name not in wanted:
                             continue
                     except (ValueError, KeyError, TypeError, RecursionError):
-                        self._skipped.row("line of regions is damaged", where)
+                        self._owner.skipped.row("line of regions is damaged", where)
                         continue
                     regions[name] = []
                     for item in found:
                         try:
                             regions[name].append(read_region(item))
                         except ValueError as error:
-                            self._skipped.row(str(error), where)
+                            self._owner.skipped.row(str(error), where)
         except (EOFError, OSError, zlib.error):
-            self._skipped.row("file of regions is damaged", f"{path.name}:{number + 1}")
+            self._owner.skipped.row("file of regions is damaged", f"{path.name}:{number + 1}")
         return regions

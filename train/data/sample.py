@@ -227,6 +227,9 @@ class Source:
         """Equal integers for what is the same sample, of (n,) int64 that `order` gave."""
         return numbers
 
+    def ready(self) -> None:
+        """Reads what the samples share, before workers are forked."""
+
     def prefetch(self, numbers: np.ndarray) -> None:
         """Told which samples will be asked for soon; a source that fetches from afar begins with it."""
 
