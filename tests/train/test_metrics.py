@@ -70,3 +70,33 @@ def test_the_line_of_figures_names_what_it_shows():
     row = {"itc": 1.0, "caption": 2.0, "tgmim": 0.5, "lr": 1e-3, "grad_norm": 3.0, "pairs_per_s": 90.0}
     line = format_figures(row | {"data_wait": 0.01, "memory_gib": 0.5})
     assert line == "itc 1.000  caption 2.000  tgmim 0.500  lr 1.0e-03  |g| 3.00  90 pairs/s  data wait 1%  0.5 GiB"
+
+
+def test_weights_and_biases_gets_the_figures_and_a_resumed_run_goes_on(tmp_path, monkeypatch):
+    import sys
+    import types
+
+    started, logged, ended = [], [], []
+
+    class Run:
+        def log(self, figures, step):
+            logged.append((step, figures))
+
+        def finish(self):
+            ended.append(True)
+
+    fake = types.SimpleNamespace(
+        init=lambda **options: started.append(options) or Run(),
+        util=types.SimpleNamespace(generate_id=lambda: f"id{len(started)}"),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "config.json").write_text('{"run": {"preset": "tiny"}, "deepspeed": {}}')
+    for first in (0, 2):
+        log = RunLog(tmp_path, losses=("loss",), total_steps=4, first_step=first, every=1, wandb="project")
+        for step in (first, first + 1):
+            log.step(step, torch.full((6,), float(step)), {"lr": 0.1, "grad_norm": 1.0}, Timing(0.0, 1.0, 8))
+        log.close()
+    assert [options["id"] for options in started] == ["id0", "id0"] and len(ended) == 2
+    assert started[0]["project"] == "project" and started[0]["config"] == {"preset": "tiny"}
+    assert [(step, figures["train/loss"]) for step, figures in logged] == [(s + 1, float(s)) for s in range(4)]
+    assert "train/step" in logged[0][1]
