@@ -94,7 +94,8 @@ def test_weights_and_biases_gets_the_figures_and_a_resumed_run_goes_on(tmp_path,
     for first in (0, 2):
         log = RunLog(tmp_path, losses=("loss",), total_steps=4, first_step=first, every=1, wandb="project")
         for step in (first, first + 1):
-            log.step(step, torch.full((len(LOSS_NAMES),), float(step)), {"lr": 0.1, "grad_norm": 1.0}, Timing(0.0, 1.0, 8))
+            figures = torch.full((len(LOSS_NAMES),), float(step))
+            log.step(step, figures, {"lr": 0.1, "grad_norm": 1.0}, Timing(0.0, 1.0, 8))
         log.close()
     assert [options["id"] for options in started] == ["id0", "id0"] and len(ended) == 2
     assert started[0]["project"] == "project" and started[0]["config"] == {"preset": "tiny"}
