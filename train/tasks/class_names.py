@@ -8,14 +8,15 @@ from pathlib import Path
 
 from sycoca.config import ConfigError, nearest
 from train.data.scene_shapes import COLOURS, SHAPES
+from train.data.scene_words import PLACE_WORDS
 
 _CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 _PHOTOS = ("a photo of a {}.", "a blurry photo of a {}.", "a bad photo of a {}.", "a photo of the {}.", "a small {}.")
-# What the captions of the built-in scenes say.
-_SCENES = ("a {}", "a {} in the middle", "there is a {}", "a {} at the top", "a {} at the bottom")
+SCENE_PLACES = tuple(words[0] for words in PLACE_WORDS.values())
+_SCENES = tuple(f"a {colour} {shape} {{}}" for colour in COLOURS for shape in SHAPES)
 _PLAIN = ("a photo of a {}.", "a photo of the {}.")
 CLASSES = {
-    "scenes": tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES),
+    "scenes": SCENE_PLACES,
     "cifar10": tuple(_CIFAR10),
 }
 TEMPLATES = {"scenes": _SCENES, "cifar10": _PHOTOS, "plain": _PLAIN}

@@ -16,12 +16,11 @@ from typing import Any
 from sycoca.config import nearest
 from train.data import DataError, Source, open_dataset
 from train.data.sample import BadSample, Skipped
-from train.data.scene_shapes import COLOURS, SHAPES
+from train.data.scene_words import PLACE_WORDS, place
 from train.tasks.annotations import require_some
+from train.tasks.class_names import SCENE_PLACES
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-# An object that is to be recognised fills the picture, as in the sets of photographs made for that.
-_CENTRE, _DIAMETER = 0.5, 0.8
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation", "test"), "test": ("test", "val")}
 
@@ -46,9 +45,9 @@ class LabelSource(Source):
 
 
 class SceneObjects(LabelSource):
-    """One object of a scene alone in the middle of its ground, of 48 classes: colour and shape."""
+    """One object of a scene alone on its ground; its class is the place where it stands."""
 
-    classes = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+    classes = SCENE_PLACES
 
     def __init__(self, scenes: Source, image_size: int) -> None:
         self.name, self.split, self.fresh, self.skipped = scenes.name, scenes.split, scenes.fresh, scenes.skipped
@@ -58,15 +57,14 @@ class SceneObjects(LabelSource):
         return len(self._scenes)
 
     def label(self, index: int) -> int:
-        thing = self._scenes.scene(index).things[0]
-        return self.classes.index(f"{thing.color} {thing.shape}")
+        return self.classes.index(PLACE_WORDS[place(self._scenes.scene(index).things[0])][0])
 
     def image(self, index: int) -> tuple[Any, str]:
         from train.data.scenes import draw_scene
 
         scene = self._scenes.scene(index)
-        figure = scene.figures[0]._replace(x=_CENTRE, y=_CENTRE, diameter=_DIAMETER)
-        return draw_scene(scene._replace(figures=(figure,)), self._size), f"scenes/{self.split}/{index}"
+        alone = scene._replace(figures=scene.figures[:1])
+        return draw_scene(alone, self._size), f"scenes/{self.split}/{index}"
 
 
 class ListedLabels(LabelSource):

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from train.data import DataError
+from train.data.scene_words import PLACE_WORDS, place
 from train.tasks.class_names import class_names, templates
 from train.tasks.sources import open_source
 
@@ -234,11 +235,11 @@ def test_what_cannot_be_used_is_one_line(tmp_path, monkeypatch, task, spec, told
 
 
 def test_class_names_and_templates(tmp_path):
-    assert class_names("cifar10")[3] == "cat" and class_names(None) is None and len(class_names("scenes")) == 48
+    assert class_names("cifar10")[3] == "cat" and class_names(None) is None and len(class_names("scenes")) == 9
     path = write(tmp_path / "names.txt", "cat\n\ndog\n")
     assert class_names(str(path)) == ("cat", "dog")
     assert all("{}" in line for line in templates(None, class_names("cifar10")))
-    assert templates(None, ("red circle",)) == templates("scenes", ())
+    assert templates(None, ("at the top",)) == templates("scenes", ())
     for text, told in (("cat\ncat\n", "stands twice"), ("\n", "empty")):
         with pytest.raises(ValueError, match=told):
             class_names(str(write(path, text)))
@@ -261,7 +262,8 @@ def test_scenes_serve_every_task():
         assert len(differing) == 1
     labels = open_source("classification", "scenes", "val", image_size=16)
     thing = labels._scenes.scene(5).things[0]
-    assert labels.classes[labels.label(5)] == f"{thing.color} {thing.shape}" and len(labels.classes) == 48
+    assert labels.classes[labels.label(5)] == PLACE_WORDS[place(thing)][0] and len(labels.classes) == 9
+    assert len({labels.label(index) for index in range(200)}) == 9
 
 
 @pytest.mark.parametrize(
