@@ -54,13 +54,13 @@ def measure(preset: str, images: int, beams: int, device: torch.device, rounds: 
             operator="generate",
             impl=name,
             preset=preset,
-            images=images,
+            B=images,
             beams=beams,
             tokens=TOKENS,
             **timing._asdict(),
             times_faster=timings["recomputed"].p50_ms / timing.p50_ms,
         )
-        print({key: row[key] for key in ("preset", "images", "beams", "impl", "p50_ms", "times_faster")}, flush=True)
+        print({key: row[key] for key in ("preset", "B", "beams", "impl", "p50_ms", "times_faster")}, flush=True)
 
 
 def main() -> None:

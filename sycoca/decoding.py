@@ -42,9 +42,9 @@ class Decoding:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if "int" in str(field.type) and value is not None and (type(value) is not int):
-                raise TypeError(f"generate: {field.name} must be a whole number, got {value!r}")
+            value, whole = getattr(self, field.name), field.type in (int, int | None)
+            if value is not None and type(value) not in ((int,) if whole else (int, float)):
+                raise TypeError(f"generate: {field.name} must be a {'whole ' * whole}number, got {value!r}")
         _require(self.num_beams >= 1, "num_beams must be at least 1", self.num_beams)
         _require(self.num_return >= 1, "num_return must be at least 1", self.num_return)
         _require(self.top_k is None or self.top_k >= 1, "top_k must be at least 1", self.top_k)

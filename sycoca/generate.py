@@ -149,7 +149,7 @@ def generate_tokens(
             prompt_lengths,
             per_image=R,
             max_length=most,
-            choose=greedy if decoding.temperature is None else _drawer(decoding, len(prompts), most),
+            choose=greedy if decoding.temperature is None else _drawer(decoding, len(prompts), most, device),
             constraints=constraints,
             pad_id=text.pad_id,
         )
@@ -223,14 +223,13 @@ def write(
     return tokens.view(B, R, -1), scores.view(B, R), searched.view(B, R)
 
 
-def _drawer(decoding: Decoding, images: int, most: int) -> Callable[[Tensor, int], Tensor]:
+def _drawer(decoding: Decoding, images: int, most: int, device: torch.device) -> Callable[[Tensor, int], Tensor]:
     """Draws whose numbers depend on the seed and the place of the image, not on the number of images."""
     seeded = None if decoding.seed is None else torch.Generator().manual_seed(decoding.seed)
-    uniform = torch.rand(images * decoding.num_return, most, generator=seeded)
+    uniform = torch.rand(images * decoding.num_return, most, generator=seeded).to(device)
 
     def choose(log_probs: Tensor, position: int) -> Tensor:
-        numbers = uniform[:, position].to(log_probs.device)
-        return draw(log_probs, numbers, decoding.temperature, decoding.top_k, decoding.top_p)
+        return draw(log_probs, uniform[:, position], decoding.temperature, decoding.top_k, decoding.top_p)
 
     return choose
 

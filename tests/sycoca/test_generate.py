@@ -351,8 +351,14 @@ def test_what_cannot_be_is_refused_in_one_line(model, tokenizer, images, options
 def test_unknown_options_are_refused_with_the_nearest(model, tokenizer, images):
     with pytest.raises(TypeError, match="unknown option 'num_beam'; did you mean 'num_beams'"):
         generate(model, tokenizer, images, num_beam=2)
-    with pytest.raises(TypeError, match=r"num_beams must be a whole number, got 2.5"):
-        generate(model, tokenizer, images, num_beams=2.5)
+    for options, line in (
+        ({"num_beams": 2.5}, r"num_beams must be a whole number, got 2\.5"),
+        ({"num_return": True}, "num_return must be a whole number, got True"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"max_length": "9"}, "max_length must be a whole number, got '9'"),
+    ):
+        with pytest.raises(TypeError, match=line):
+            generate(model, tokenizer, images, **options)
 
 
 @pytest.mark.parametrize("ids", [[SOT], [EOT], [300], [-1]])
