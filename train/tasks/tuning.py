@@ -38,14 +38,18 @@ class Plan(NamedTuple):
 
 
 class AllCaptions:
-    """A caption source whose pairs hold all captions of the image, as JSON."""
+    """A caption source whose pairs hold all captions of the image, as JSON; whatever else it knows is the source's."""
 
     def __init__(self, source: Any) -> None:
         self._source = source
-        self.name, self.fresh, self.skipped = source.name, source.fresh, source.skipped
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._source, name)
 
     def pair(self, index: int, pick: int) -> tuple[Any, str, str]:
         sample = self._source[index]
@@ -149,7 +153,8 @@ def tuning_batches(tuning: Tuning, plan: Plan, first: int, *, rank: int, world: 
     )
     loader.skipped = tuning.train.skipped
     for loaded in loader:
-        ids = None if plan.source.fresh else loaded.ids.to(device, non_blocking=True)
+        distinct = plan.source.fresh and not plan.source.repeats
+        ids = None if distinct else loaded.ids.to(device, non_blocking=True)
         yield loaded.images.to(device, non_blocking=True), loaded.tokens.to(device, non_blocking=True), ids
 
 

@@ -283,6 +283,47 @@ def test_scst_weighs_log_likelihoods_by_the_reward_over_the_greedy_caption(model
     model.eval()
 
 
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ("retrieval", {}),
+        ("captioning", {}),
+        ("captioning", {"scst": True, "samples": 2}),
+        ("vqa", {"vqa": "classify", "answers": 5}),
+        ("vqa", {"vqa": "generate"}),
+        ("classification", {}),
+    ],
+)
+def test_a_step_of_every_objective(model, tokenizer, task, changes):
+    from dataclasses import replace
+
+    from train.tasks.launch import Tuning, TuningData, defaults
+    from train.tasks.tuning import build_objective, training_groups, tuning_batches
+
+    config = defaults(task, "none", has_cuda=False)
+    config = replace(
+        config,
+        data=TuningData(train="scenes?count=60", workers=0),
+        train=replace(config.train, micro_batch=4),
+        options=replace(config.options, **changes),
+    )
+    train = open_source(task, config.data.train, "train", image_size=SIZE)
+    fresh = SyCoCa(CONFIG)
+    fresh.load_state_dict(model.state_dict())
+    plan = build_objective(Tuning(config, {}, None, False, train, train), fresh, tokenizer, CPU)
+    groups = training_groups(plan.objective, config)
+    before = [p.detach().clone() for group in groups for p in group["params"]]
+    optimizer = torch.optim.SGD(groups, lr=0.5)
+    batches = tuning_batches(Tuning(config, {}, None, False, train, train), plan, 1, rank=1, world=2, device=CPU)
+    batch = next(batches)
+    values = plan.objective(*plan.objective.inputs(*batch, 5), None, [4])
+    assert len(values) == len(plan.objective.names) and all(torch.isfinite(value) for value in values)
+    values[0].backward()
+    optimizer.step()
+    after = [p for group in groups for p in group["params"]]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_layers_near_the_pixels_learn_more_slowly(model):
     from types import SimpleNamespace
 
