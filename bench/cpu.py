@@ -36,11 +36,11 @@ SHORT: dict[str, Callable[[], object]] = {
 LONG: dict[str, Callable[[], object]] = {
     "fp32 8192": partial(_itc, 8192, FP32, 1),
     "bf16 8192": partial(_itc, 8192, BF16, 1, ()),
-    "fp32 16384": partial(_itc, 16384, FP32, 3, ("open_clip",)),
-    "bf16 16384": partial(_itc, 16384, BF16, 3, ()),
+    "fp32 16384": partial(_itc, 16384, FP32, 2, ("open_clip",)),
+    "bf16 16384": partial(_itc, 16384, BF16, 1, ()),
     "accuracy fp32": partial(_accuracy, FP32),
     "accuracy bf16": partial(_accuracy, BF16),
-    "bf16 4096 open_clip": partial(_itc, 4096, BF16, 1, BF16_PEERS),
+    "bf16 open_clip 4096": partial(_itc, 4096, BF16, 1, BF16_PEERS),
 }
 
 
