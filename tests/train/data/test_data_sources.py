@@ -195,15 +195,16 @@ class Named(Numbers):
 
 def test_a_mixture_holds_its_shares_and_shows_every_sample_before_any_again():
     mixture = Mixture([Named(30, "a"), Named(700, "b")], [3, 1], "mixture")
-    made = [key for batch in take(250, mixture, global_batch=40) for key in batch.keys]
-    assert made.count("x") == 0
-    shares = [sum(key[0] == "a" for key in made[s : s + PERIOD]) / PERIOD for s in (0, PERIOD)]
+    made = np.concatenate([mixture.order(epoch, np.arange(730), 5) for epoch in range(13)])
+    samples = mixture.identities(made)
+    shares = [(samples[s : s + PERIOD] < 30).mean() for s in (0, PERIOD)]
     assert shares == [0.75, 0.75]
-    for name, size in (("a", 30), ("b", 700)):
-        mine = [key for key in made if key[0] == name]
-        for begin in range(0, len(mine) - size, size):
-            assert len(set(mine[begin : begin + size])) == size
-    assert [k for k in made if k[0] == "a"][:30] != [k for k in made if k[0] == "a"][30:60]
+    for mine, size in ((samples[samples < 30], 30), (samples[samples >= 30], 700)):
+        passes = [mine[begin : begin + size].tolist() for begin in range(0, len(mine) - size, size)]
+        assert len(passes) > 2 and all(len(set(shown)) == size for shown in passes)
+        assert passes[0] != passes[1]
+    other = np.concatenate([mixture.order(epoch, np.arange(730), 6) for epoch in range(2)])
+    assert not np.array_equal(made[: len(other)], other)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
