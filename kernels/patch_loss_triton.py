@@ -135,16 +135,12 @@ def loss(pred: Tensor, images: Tensor, index: Tensor, patch_size: int, kind: str
     """scale * sum of the error, () fp32."""
     if pred.numel() == 0:
         return pred.new_zeros((), dtype=torch.float32)
-    B, K, N = pred.shape
-    tile = tuning.patch_loss_tile(N)
-    partial = pred.new_empty(B * triton.cdiv(K, tile.block_rows), dtype=torch.float32)
+    programs, options = _launch(pred, images, patch_size, kind)
+    partial = pred.new_empty(programs, dtype=torch.float32)
     with torch.cuda.device_of(pred):
-        _loss_kernel[(partial.numel(),)](
-            pred, images, index, partial, K, images.shape[3] // patch_size,
-            *pred.stride(), *images.stride(), *index.stride(), eps,
-            SIDE=patch_size, CHANNELS=images.shape[1], KIND=KINDS[kind],
-            BLOCK_K=tile.block_rows, BLOCK_N=tile.block_d, num_warps=tile.warps,
-        )  # fmt: skip
+        _loss_kernel[(programs,)](
+            pred, images, index, partial, *_sizes(pred, images, index, patch_size), eps, **options
+        )
     return partial.sum() * scale
 
 
@@ -162,13 +158,22 @@ def loss_backward(
     dpred = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
     if pred.numel() == 0:
         return dpred
+    programs, options = _launch(pred, images, patch_size, kind)
+    sizes = _sizes(pred, images, index, patch_size)
+    with torch.cuda.device_of(pred):
+        _loss_backward_kernel[(programs,)](dloss, pred, images, index, dpred, *sizes, eps, scale, **options)
+    return dpred
+
+
+def _sizes(pred: Tensor, images: Tensor, index: Tensor, patch_size: int) -> tuple[int, ...]:
+    """K, columns of patches, and the strides of prediction, images and index."""
+    return pred.shape[1], images.shape[3] // patch_size, *pred.stride(), *images.stride(), *index.stride()
+
+
+def _launch(pred: Tensor, images: Tensor, patch_size: int, kind: str) -> tuple[int, dict[str, int]]:
+    """Number of programs, and the constants of their kernel."""
     B, K, N = pred.shape
     tile = tuning.patch_loss_tile(N)
-    with torch.cuda.device_of(pred):
-        _loss_backward_kernel[(B * triton.cdiv(K, tile.block_rows),)](
-            dloss, pred, images, index, dpred, K, images.shape[3] // patch_size,
-            *pred.stride(), *images.stride(), *index.stride(), eps, scale,
-            SIDE=patch_size, CHANNELS=images.shape[1], KIND=KINDS[kind],
-            BLOCK_K=tile.block_rows, BLOCK_N=tile.block_d, num_warps=tile.warps,
-        )  # fmt: skip
-    return dpred
+    options = {"SIDE": patch_size, "CHANNELS": images.shape[1], "KIND": KINDS[kind]}
+    options |= {"BLOCK_K": tile.block_rows, "BLOCK_N": tile.block_d, "num_warps": tile.warps}
+    return B * triton.cdiv(K, tile.block_rows), options

@@ -219,6 +219,7 @@ def scatter_backward(
             dy, index, dx, dfill, dpos, B, K, P, D, samples, *dy.stride(), *index.stride(),
             HAS_X=need_x, HAS_FILL=need_fill, HAS_POS=need_pos,
             BLOCK_P=tile.block_rows, BLOCK_D=tile.block_d, BLOCK_K=tile.block_index, num_warps=tile.warps,
+            maxnreg=tuning.REGISTERS,
         )  # fmt: skip
     return dx, dfill.sum(0) if need_fill else dfill.new_empty(0), dpos.sum(0) if need_pos else dpos.new_empty(0, D)
 

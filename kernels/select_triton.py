@@ -189,6 +189,6 @@ def select(
             *patches.stride(), *tokens.stride(), *valid.stride(), eps,
             BLOCK_P=tile.block_p, BLOCK_T=tile.block_t, BLOCK_D=tile.block_d,
             PLACES=tile.places, BLOCK_RANK=tile.block_rank, SIDE=block,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tuning.REGISTERS,
         )  # fmt: skip
     return scores, *lists

@@ -67,6 +67,11 @@ def reason(operator: str, device: torch.device, runnable: tuple[str, ...]) -> st
     return f"{sizes}; {threshold.row}"
 
 
+# Registers of a thread, where the compiler by itself stops short of what the tile holds and spills: three programs of
+# four warps still share a multiprocessor.
+REGISTERS = 168
+
+
 class SelectTile(NamedTuple):
     """Tile of `attentive_select`: patches x tokens x width of a product, and places x others of a count of ranks."""
 

@@ -73,7 +73,7 @@ def compiled(kernel, args, options, architecture):
             if value % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    launch = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
+    launch = {key: options[key] for key in ("num_warps", "num_stages", "maxnreg") if key in options}
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
