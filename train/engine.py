@@ -60,9 +60,8 @@ def import_deepspeed():
 def compile_blocks(model, backend: str = "inductor") -> None:
     """Compiles the forward of every block in place; call it between the making of the model and the engine's.
 
-    Under ZeRO 3 the code is compiled in pieces, between the hooks that gather each layer's weights. Gathering whole
-    blocks instead is no way out: DeepSpeed's leaf modules reduce a gradient once per call, and both image passes call
-    the same blocks.
+    For ZeRO 1 and 2. Under 3, gathering whole blocks (DeepSpeed's leaf modules) is no way: they reduce a gradient once
+    per call, and both image passes call the same blocks.
     """
     import torch
 
