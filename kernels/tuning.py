@@ -67,9 +67,9 @@ def reason(operator: str, device: torch.device, runnable: tuple[str, ...]) -> st
     return f"{sizes}; {threshold.row}"
 
 
-# Registers of a thread, where the compiler by itself stops short of what the tile holds and spills: three programs of
-# four warps still share a multiprocessor.
-REGISTERS = 168
+# Registers of a thread, said aloud where the compiler by itself stops short of what a tile holds, and spills: two
+# programs of four warps share a multiprocessor.
+REGISTERS = 255
 
 
 class SelectTile(NamedTuple):
