@@ -67,8 +67,8 @@ class Tuning:
 
 # Learning rate, steps and batch on a CPU, where models are small and fresh from scratch; on a GPU rate and epochs.
 _CPU = {
-    "retrieval": (3e-4, 60, 128),
-    "captioning": (6e-4, 60, 64),
+    "retrieval": (3e-4, 30, 128),
+    "captioning": (6e-4, 100, 32),
     "vqa": (2e-3, 50, 32),
     "classification": (3e-3, 100, 32),
 }
