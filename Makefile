@@ -23,7 +23,7 @@ train: $(VENV)/.ready
 	deepspeed train/pretrain.py --config ds_zero2.json
 
 test: $(VENV)/.ready $(VENV)/.triton
-	OMP_NUM_THREADS=1 python -m pytest tests -m "not run and not full and not faults and not gpu"
+	OMP_NUM_THREADS=1 python -m pytest tests -n 2 --dist loadfile -m "not run and not full and not faults and not gpu"
 
 test-runs: $(VENV)/.ready
 	python -m pytest tests -m "run and not full and not gpu"

@@ -38,6 +38,15 @@ setup(
         "coco": ["pycocoevalcap>=1.2"],
         "peers": ["inf-cl>=1.2", "memeff>=0.3.1", "siglip-kernel>=0.1.2", "liger-kernel>=0.8", *OPENCLIP],
         "wandb": ["wandb>=0.19"],
-        "dev": [*TRAIN, *PARQUET, *DOCS, "pytest>=8", "pytest-benchmark>=5", "ruff>=0.9", "webdataset>=1.0"],
+        "dev": [
+            *TRAIN,
+            *PARQUET,
+            *DOCS,
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "pytest-xdist>=3.5",
+            "ruff>=0.9",
+            "webdataset>=1.0",
+        ],
     },
 )

@@ -21,6 +21,13 @@ VAL_SHARE = 0.02
 _LOOKED_AT = 16
 
 
+def _is_empty(path: Path) -> bool:
+    try:
+        return path.stat().st_size == 0
+    except OSError:
+        return False
+
+
 class Listed(NamedTuple):
     """One caption as a list gives it: where it stands, its image, its split (None where there are none), its text.
 
@@ -160,7 +167,7 @@ class ImageList(Source):
                 return decode(folder / name)
             except ImageError as error:
                 if error.cause != "missing image":
-                    empty = error.cause == "unreadable image" and os.path.getsize(folder / name) == 0
+                    empty = error.cause == "unreadable image" and _is_empty(folder / name)
                     raise BadSample("empty file" if empty else error.cause, name) from None
         raise BadSample("missing image", name)
 

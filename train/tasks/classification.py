@@ -134,7 +134,7 @@ def _evaluate(
         own = logits.gather(1, labels[:, None])
         others = logits.scatter(1, labels[:, None], -torch.inf)
         # Ties and NaN count against the model.
-        ranks = (~(others < own)).sum(1) - 1
+        ranks = (~(others < own)).sum(1)
         probability = logits.softmax(1)
         best = probability.topk(top, dim=1)
         for row, index in enumerate(batch.indices):
