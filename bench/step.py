@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -91,7 +92,7 @@ def measure(
     contestants: list[Contestant], tokens: Tensor, preset: str, *, rounds: int, captions: str, file: str
 ) -> dict[str, dict]:
     """Measures and writes a row for each contestant; returns the rows by name."""
-    pairs, rate = len(tokens), product_rate()
+    pairs = len(tokens)
     taken: dict[str, list[float]] = {c.name: [] for c in contestants}
     losses = {}
     for number in range(-1, rounds):
@@ -100,6 +101,9 @@ def measure(
             losses.setdefault(contestant.name, answer["loss"])
             if number >= 0:
                 taken[contestant.name].append(answer["ms"])
+    # The contestants have started and wait, but threads that waited for work spin on for a moment.
+    time.sleep(1)
+    rate = product_rate()
     lengths = (tokens != MODEL_PRESETS[preset].text.pad_id).sum(1).float()
     shape = {"operator": "training step", "preset": preset, "B": pairs, "captions": captions, "rounds": rounds}
     shape |= {"tokens_mean": round(lengths.mean().item(), 2), "tokens_max": int(lengths.max())}
@@ -129,8 +133,6 @@ def product_rate() -> float:
 
         a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
         return 2 * 8192**3 / interleaved({"product": lambda: a @ b}, 20)["product"].p50_ms / 1e9
-    import time
-
     a, b = torch.randn(2048, 1024), torch.randn(1024, 1024)
     best = float("inf")
     for _ in range(40):
