@@ -19,6 +19,8 @@ _HOME = {
     "save_overlay": "visualize",
     "Pretrained": "hub",
     "WeightsError": "weights",
+    "create_model": "hub",
+    "list_models": "hub",
     "load_pretrained": "hub",
 }
 __all__ = sorted(_HOME)

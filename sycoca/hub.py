@@ -1,14 +1,17 @@
-"""Models by name: from a folder, a run, a weight file or the hub."""
+"""Models by name: from a folder, a run or the hub, or fresh from a preset."""
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 
-from sycoca.checked import nearest
-from sycoca.config import ModelConfig
+from sycoca.checked import from_dict, nearest, to_dict
+from sycoca.config import MODEL_PRESETS, ConfigError, ModelConfig
 from sycoca.hub_mixin import (
     CONFIG,
     PREPROCESSING,
@@ -21,6 +24,8 @@ from sycoca.hub_mixin import (
 from sycoca.model import SyCoCa
 from sycoca.tokenizer import Tokenizer
 from sycoca.weights import WeightsError, load_into, read_weights, resize_positions
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Pretrained(NamedTuple):
@@ -36,6 +41,7 @@ def load_pretrained(
     *,
     device: torch.device | str = "cpu",
     image_size: int | None = None,
+    revision: str | None = None,
 ) -> Pretrained:
     """A trained model, ready for use.
 
@@ -44,6 +50,7 @@ def load_pretrained(
         device: where the model computes.
         image_size: pixels, a multiple of the patch size, where it shall differ from the one the model was trained at;
             positions are interpolated.
+        revision: branch, tag or commit of a repository of the hub.
 
     Returns:
         The model in fp32, its tokenizer and its configuration.
@@ -51,7 +58,7 @@ def load_pretrained(
     Raises:
         WeightsError: nothing there, or not such a model; one line.
     """
-    folder = _folder(name_or_path)
+    folder = _folder(name_or_path, revision)
     config = read_config(folder / CONFIG)
     if (folder / PREPROCESSING).is_file():
         how = read_json(folder / PREPROCESSING)
@@ -94,7 +101,7 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
-def _folder(name_or_path: str | os.PathLike) -> Path:
+def _folder(name_or_path: str | os.PathLike, revision: str | None) -> Path:
     """The folder that holds the model; that of a run, or of the hub, where such is named."""
     path = Path(name_or_path)
     if path.is_dir():
@@ -111,5 +118,18 @@ def _folder(name_or_path: str | os.PathLike) -> Path:
     if path.exists():
         raise WeightsError(f"{path}: a file; a model is a folder with {CONFIG} and {WEIGHTS}")
     parent = path.parent
+    if _REPOSITORY.fullmatch(str(name_or_path)) and not parent.is_dir():
+        return _downloaded(str(name_or_path), revision)
     known = [str(other) for other in parent.iterdir() if other.is_dir()] if parent.is_dir() else []
     raise WeightsError(f"{path}: no such folder{nearest(str(path), known)}")
+
+
+def _downloaded(repository: str, revision: str | None) -> Path:
+    """The folder of a repository of the hub, in the cache of huggingface_hub."""
+    try:
+        for name in (CONFIG, TOKENIZER, PREPROCESSING, WEIGHTS):
+            path = hf_hub_download(repository, name, revision=revision)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(f"{repository}: no such folder, and not to be had from the hub ({reason})") from None
+    return Path(path).parent
