@@ -68,6 +68,30 @@ def load_pretrained(
     return Pretrained(model.to(device).eval(), tokenizer, model.config)
 
 
+def list_models() -> list[str]:
+    """Names that `create_model` knows."""
+    return sorted(MODEL_PRESETS)
+
+
+def create_model(name: str, **changes: Any) -> SyCoCa:
+    """A fresh model of a preset.
+
+    Args:
+        name: one of `list_models()`.
+        changes: fields of ModelConfig; a dictionary changes single fields of a part, as in `vision={"depth": 6}`.
+
+    Raises:
+        ConfigError: no such preset or field, or a value that cannot be built.
+    """
+    if name not in MODEL_PRESETS:
+        known = nearest(name, MODEL_PRESETS) or "; known: " + ", ".join(list_models())
+        raise ConfigError(f"{name}: no such model{known}")
+    data = to_dict(MODEL_PRESETS[name])
+    for key, value in changes.items():
+        data[key] = data[key] | value if isinstance(value, dict) and isinstance(data.get(key), dict) else value
+    return SyCoCa(from_dict(ModelConfig, data))
+
+
 def build(
     state: dict, config: ModelConfig, tokenizer: Tokenizer, *, source: str, image_size: int | None = None
 ) -> SyCoCa:
