@@ -19,6 +19,7 @@ setup(
     packages=find_packages(include=["kernels", "kernels.*", "sycoca", "sycoca.*"]),
     install_requires=[
         "torch>=2.11",
+        "huggingface_hub>=0.30",
         "numpy>=1.26",
         "pillow>=10",
         "pydantic>=2.7",
