@@ -277,7 +277,9 @@ def test_damaged_regions_stop_nothing(tmp_path):
     assert dataset.skipped.counts() == {**dict.fromkeys(BAD_REGIONS, 1), "line of regions is damaged": 4}
 
 
-@pytest.mark.parametrize("damage", [b"not gzip", gzip.compress(b"{}\n" * 9999)[:-20] + b"\xff" * 20])
+@pytest.mark.parametrize(
+    "damage", [b"not gzip", gzip.compress(b"{}\n" * 9999)[:-20] + b"\xff" * 20], ids=["no gzip", "broken gzip"]
+)
 def test_a_damaged_file_of_regions_stops_nothing(damage, tmp_path):
     picture(tmp_path / "a.png")
     path = table(tmp_path / "captions.tsv", [["image", "caption"], ["a.png", "a dog"]])
