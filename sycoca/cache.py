@@ -70,7 +70,7 @@ class Cached:
 
     def __init__(self, model: Any, image_features: Any, room: int) -> None:
         self._text, self._decoder = model.text, model.caption_decoder
-        patches = image_features.patches
+        patches = image_features.memory
         self._images, self._length = len(patches), 0
         self._words = [GrowingKeysValues(room) for _ in self._text.blocks]
         self._layers = [
@@ -97,7 +97,7 @@ class Recomputed:
     """A session without memory, and the meaning of `Cached`. Arguments as there."""
 
     def __init__(self, model: Any, image_features: Any, room: int) -> None:
-        self._model, self._patches = model, image_features.patches
+        self._model, self._patches = model, image_features.memory
         self._prefix = torch.empty(len(self._patches), 0, dtype=torch.int64, device=self._patches.device)
 
     def advance(self, tokens: Tensor) -> Tensor:

@@ -42,7 +42,14 @@ def _heads(width: int, heads: int) -> None:
 
 @dataclass(frozen=True)
 class VisionConfig(Strict):
-    """Image encoder: a ViT over square images (pixels)."""
+    """Image encoder: a ViT over square images (pixels).
+
+    Attributes:
+        cls_position: [CLS] has a position of its own, as in CLIP.
+        pooler: what stands for the image and what captioning attends to; see `sycoca.poolers`.
+        pooler_queries: of the poolers for captioning.
+        pooler_heads: of every pooler, over the width of the shared space.
+    """
 
     image_size: int
     patch_size: int
@@ -50,9 +57,14 @@ class VisionConfig(Strict):
     depth: int
     heads: int
     mlp_ratio: float = 4.0
+    cls_position: bool = False
+    pooler: Literal["cls", "single", "parallel", "cascade"] = "cls"
+    pooler_queries: int = 256
+    pooler_heads: int = 8
 
     def __post_init__(self) -> None:
-        _positive(self, "image_size", "patch_size", "width", "depth", "mlp_ratio")
+        _positive(self, "image_size", "patch_size", "width", "depth", "mlp_ratio", "pooler_heads")
+        _require(self.pooler_queries >= 2, f"pooler_queries: must be at least 2, got {self.pooler_queries}")
         _heads(self.width, self.heads)
         _require(
             self.image_size % self.patch_size == 0,
@@ -77,7 +89,11 @@ class VisionConfig(Strict):
 
 @dataclass(frozen=True)
 class TextConfig(Strict):
-    """Causal text encoder; `context_length` is T, the [CLS] behind the caption not counted."""
+    """Causal text encoder; `context_length` is T, the [CLS] not counted.
+
+    Attributes:
+        cls_place: where [CLS] stands; see `sycoca.text`.
+    """
 
     context_length: int
     vocab_size: int
@@ -88,6 +104,7 @@ class TextConfig(Strict):
     pad_id: int = 0
     sot_id: int = 1
     eot_id: int = 2
+    cls_place: Literal["behind_caption", "last", "last_shifted"] = "behind_caption"
 
     def __post_init__(self) -> None:
         _positive(self, "width", "depth", "mlp_ratio")
@@ -212,6 +229,8 @@ class ModelConfig(Strict):
     def __post_init__(self) -> None:
         _positive(self, "embed_dim", "logit_scale_init", "logit_scale_max")
         _heads(self.text.width, self.caption_decoder.heads)
+        if self.vision.pooler != "cls":
+            _heads(self.embed_dim, self.vision.pooler_heads)
         _require(len(self.objectives) > 0, f"objectives: name at least one of {', '.join(OBJECTIVES)}")
         for name in self.objectives:
             known = ", ".join(OBJECTIVES)
@@ -228,6 +247,8 @@ class ModelConfig(Strict):
             if space == "local":
                 _require(self.local_weight > 0, "loss.local_weight: 0 leaves the heads of the space 'local' untrained")
             else:
+                pooled = f"masking.score_space: '{space}' compares what vision.pooler '{self.vision.pooler}' has mixed"
+                _require(self.vision.pooler == "cls", f"{pooled}; 'local' compares patches")
                 reason = f"masking.score_space: '{space}' is trained by the objective 'itc', which is off"
                 _require(self.learns("itc"), reason)
 
@@ -235,6 +256,11 @@ class ModelConfig(Strict):
         """Whether an objective is named and weighs more than nothing."""
         weight = {"itc": "itc_weight", "ic": "caption_weight", "tgmim": "tgmim_weight"}[objective]
         return objective in self.objectives and getattr(self.loss, weight) > 0
+
+    @property
+    def memory_width(self) -> int:
+        """Width of what captioning attends to, and of the image before its projection."""
+        return self.vision.width if self.vision.pooler == "cls" else self.embed_dim
 
     @property
     def num_masked(self) -> int:
@@ -270,7 +296,7 @@ class ModelConfig(Strict):
         return int(ratio * self.vision.num_patches) // area * area
 
 
-_CLIP_IDS = {"pad_id": 0, "sot_id": 49406, "eot_id": 49407}
+CLIP_IDS = {"pad_id": 0, "sot_id": 49406, "eot_id": 49407}
 _OURS = MaskingConfig(score_space="local", ic_mask_prob=0.5, attentive_start=0.3, masked_input="drop")
 
 MODEL_PRESETS: dict[str, ModelConfig] = {
@@ -293,7 +319,7 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
     "base_16": ModelConfig(
         embed_dim=512,
         vision=VisionConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12),
-        text=TextConfig(context_length=76, vocab_size=49408, width=512, depth=12, heads=8, **_CLIP_IDS),
+        text=TextConfig(context_length=76, vocab_size=49408, width=512, depth=12, heads=8, **CLIP_IDS),
         caption_decoder=CaptionDecoderConfig(depth=12, heads=8),
         image_decoder=ImageDecoderConfig(depth=4, width=512, heads=8),
         masking=_OURS,
@@ -301,14 +327,14 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
     "coca_base": ModelConfig(
         embed_dim=512,
         vision=VisionConfig(image_size=288, patch_size=18, width=768, depth=12, heads=12),
-        text=TextConfig(context_length=76, vocab_size=64000, width=768, depth=12, heads=12, **_CLIP_IDS),
+        text=TextConfig(context_length=76, vocab_size=64000, width=768, depth=12, heads=12, **CLIP_IDS),
         caption_decoder=CaptionDecoderConfig(depth=12, heads=12),
         image_decoder=ImageDecoderConfig(depth=4, width=768, heads=12),
     ),
     "large_14": ModelConfig(
         embed_dim=768,
         vision=VisionConfig(image_size=224, patch_size=14, width=1024, depth=24, heads=16),
-        text=TextConfig(context_length=76, vocab_size=49408, width=768, depth=12, heads=12, **_CLIP_IDS),
+        text=TextConfig(context_length=76, vocab_size=49408, width=768, depth=12, heads=12, **CLIP_IDS),
         caption_decoder=CaptionDecoderConfig(depth=12, heads=12),
         image_decoder=ImageDecoderConfig(depth=4, width=768, heads=12),
         masking=_OURS,

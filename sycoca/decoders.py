@@ -50,7 +50,7 @@ class CaptionDecoder(nn.Module):
         self.blocks = nn.ModuleList()
         for _ in range(decoder.depth):
             self.blocks.append(Block(width, decoder.heads, decoder.mlp_ratio, causal=True))
-            self.blocks.append(CrossBlock(width, decoder.heads, decoder.mlp_ratio, config.vision.width))
+            self.blocks.append(CrossBlock(width, decoder.heads, decoder.mlp_ratio, config.memory_width))
         self.head = VocabularyHead(width, config.text.vocab_size, config.loss.caption_label_smoothing)
         init_blocks(self.blocks, width, 2 * decoder.depth)
 

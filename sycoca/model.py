@@ -28,7 +28,8 @@ from sycoca.hub_mixin import HubMixin
 from sycoca.layers import LayerNorm, LogitScale
 from sycoca.losses import global_counts, local_loss
 from sycoca.masking import StepPlan, overlap, select_at_random, select_by_score, step_plan
-from sycoca.text import TextEncoder
+from sycoca.poolers import build_pooler
+from sycoca.text import build_text_encoder
 from sycoca.vision import VisionTransformer
 
 __all__ = ["Batch", "ImageFeatures", "Losses", "StepPlan", "SyCoCa", "TextFeatures", "parameter_groups", "step_plan"]
@@ -55,15 +56,19 @@ class ImageFeatures(NamedTuple):
 
     Attributes:
         features: (B, E) fp32, unit rows.
-        patches: (B, P, D) normalised patches, seen by captioning.
+        patches: (B, P, D) normalised patches.
         embedded: (B, P, D) patch embeddings that a second pass starts from.
         values: (B, P, D) values of the last block where the score space needs them, else None.
+        cls: (B, D) normalised [CLS].
+        memory: (B, M, D') what captioning attends to: the patches, or what a pooler makes of them.
     """
 
     features: Tensor
     patches: Tensor
     embedded: Tensor
     values: Tensor | None
+    cls: Tensor
+    memory: Tensor
 
 
 class TextFeatures(NamedTuple):
@@ -129,8 +134,9 @@ class SyCoCa(nn.Module, HubMixin):
         super().__init__()
         self.config = config
         self.vision = VisionTransformer(config)
-        self.text = TextEncoder(config)
-        self.image_projection = _projection(config.vision.width, config.embed_dim)
+        self.text = build_text_encoder(config)
+        self.pooler = build_pooler(config)
+        self.image_projection = _projection(config.memory_width, config.embed_dim)
         self.text_projection = _projection(config.text.width, config.embed_dim)
         self.logit_scale = LogitScale(config.logit_scale_init)
         self.caption_decoder = CaptionDecoder(config) if config.learns("ic") else None
@@ -171,8 +177,10 @@ class SyCoCa(nn.Module, HubMixin):
         operands = self.local(image.patches, text.words) if self.local is not None else None
         selection, mask_overlap = self._selection(batch.seeds, plan, image, text, operands)
         if self.caption_decoder is not None:
-            patches = gather_patches(image.patches, selection.kept) if masks_captioning else image.patches
-            caption = self._caption_loss(patches, text, batch.tokens) / tokens
+            memory = image.memory
+            if masks_captioning:
+                memory = self.pooler(image.cls, gather_patches(image.patches, selection.kept)).memory
+            caption = self._caption_loss(memory, text, batch.tokens) / tokens
             total = total + weight.caption_weight * caption
         if self.image_decoder is not None:
             tgmim = self._tgmim_loss(batch.images, image, text, selection) / pairs
@@ -186,9 +194,9 @@ class SyCoCa(nn.Module, HubMixin):
     def encode_image(self, images: Tensor) -> ImageFeatures:
         """Features of images (B, 3, H, W) fp32, normalised."""
         encoded = self.vision(images)
-        return ImageFeatures(
-            _unit(self.image_projection(encoded.cls)), encoded.patches, encoded.embedded, encoded.values
-        )
+        pooled = self.pooler(encoded.cls, encoded.patches)
+        features = _unit(self.image_projection(pooled.image))
+        return ImageFeatures(features, encoded.patches, encoded.embedded, encoded.values, encoded.cls, pooled.memory)
 
     def encode_text(self, tokens: Tensor) -> TextFeatures:
         """Features of captions (B, T) int64."""
@@ -217,7 +225,7 @@ class SyCoCa(nn.Module, HubMixin):
         """Logits (B, T, V) of the token behind each of tokens (B, T), which may be unfinished; all patches are seen."""
         if self.caption_decoder is None:
             raise ValueError("caption_logits: the model was built without captioning")
-        return self.caption_decoder(self.text.words(tokens), image.patches)
+        return self.caption_decoder(self.text.words(tokens), image.memory)
 
     def reconstruct(self, images: Tensor, text: TextFeatures, selection: PatchSelection) -> Tensor:
         """Pixels (B, K, p * p * 3) of the masked patches, normalised as the images, from the rest and the caption.
@@ -232,9 +240,9 @@ class SyCoCa(nn.Module, HubMixin):
         eps = self.config.loss.label_smoothing
         return fused_itc_loss(images, captions, self.logit_scale(), ids=ids, label_smoothing=eps)
 
-    def _caption_loss(self, patches: Tensor, text: TextFeatures, tokens: Tensor) -> Tensor:
+    def _caption_loss(self, memory: Tensor, text: TextFeatures, tokens: Tensor) -> Tensor:
         labels = tokens[:, 1:].masked_fill(~text.valid[:, 1:], -1)
-        return self.caption_decoder(text.words[:, :-1], patches, labels)
+        return self.caption_decoder(text.words[:, :-1], memory, labels)
 
     def _tgmim_loss(
         self, images: Tensor, image: ImageFeatures, text: TextFeatures, selection: PatchSelection

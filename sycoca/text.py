@@ -59,15 +59,17 @@ class TokenSequence(nn.Module):
 
 
 class TextEncoder(nn.Module):
+    block, sequence_kind = Block, TokenSequence
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         text = config.text
         self.config = text
         self.recompute = config.recompute
         self.packs = True
-        self.sequence = TokenSequence(text)
+        self.sequence = self.sequence_kind(text)
         self.blocks = nn.ModuleList(
-            Block(text.width, text.heads, text.mlp_ratio, causal=True) for _ in range(text.depth)
+            self.block(text.width, text.heads, text.mlp_ratio, causal=True) for _ in range(text.depth)
         )
         self.ln_final = LayerNorm(text.width)
         init_blocks(self.blocks, text.width, text.depth)
@@ -90,3 +92,12 @@ class TextEncoder(nn.Module):
         for block in self.blocks:
             x = run_block(block, x, None, packing, recompute=self.recompute)
         return x
+
+
+def build_text_encoder(config: ModelConfig) -> TextEncoder:
+    """The text encoder that a configuration names."""
+    if config.text.cls_place == "behind_caption":
+        return TextEncoder(config)
+    from sycoca.text_padded import PaddedTextEncoder
+
+    return PaddedTextEncoder(config)

@@ -51,21 +51,23 @@ class PatchSequence(nn.Module):
         self.num_patches, width = vision.num_patches, vision.width
         self.cls = nn.Parameter(torch.empty(width))
         self.pos = nn.Parameter(position_table(vision.grid, width))
+        self.cls_pos = nn.Parameter(torch.empty(width)) if vision.cls_position else None
         self.mask_token = nn.Parameter(torch.empty(width)) if masked_input == "token" else None
-        for p in (self.cls, self.mask_token):
+        for p in (self.cls, self.cls_pos, self.mask_token):
             if p is not None:
                 nn.init.normal_(p, std=width**-0.5)
 
     def forward(self, embedded: Tensor, visible: Tensor | None = None) -> Tensor:
         x = embedded.to(self.pos.dtype)
+        cls = self.cls if self.cls_pos is None else self.cls + self.cls_pos
         if visible is not None and self.mask_token is None:
-            return gather_patches(x, visible, pos=self.pos, prefix=self.cls)
+            return gather_patches(x, visible, pos=self.pos, prefix=cls)
         if visible is None:
             x = x + self.pos
         else:
             seen = gather_patches(x, visible)
             x = scatter_patches(seen, visible, self.mask_token, num_patches=self.num_patches, pos=self.pos)
-        return torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
+        return torch.cat([cls.expand(x.shape[0], 1, -1), x], dim=1)
 
 
 class VisionTransformer(nn.Module):

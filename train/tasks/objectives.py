@@ -59,7 +59,7 @@ class Writing(Objective):
 
     def forward(self, images: Tensor, tokens: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
         labels, count = _labels(self.model, tokens, torch.ones_like(tokens[:, 0]), group)
-        words, patches = self.model.text.words(tokens)[:, :-1], self.model.encode_image(images).patches
+        words, patches = self.model.text.words(tokens)[:, :-1], self.model.encode_image(images).memory
         loss = self.model.caption_decoder(words, patches, labels) / count
         return loss, loss
 
@@ -72,7 +72,7 @@ class AnswerWriting(Objective):
     def forward(self, images: Tensor, rows: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
         tokens, decoder = rows[:, :-1], self.model.caption_decoder
         labels, count = _labels(self.model, tokens, rows[:, -1], group)
-        words, patches = self.model.text.words(tokens)[:, :-1], self.model.encode_image(images).patches
+        words, patches = self.model.text.words(tokens)[:, :-1], self.model.encode_image(images).memory
         # The decoder's own loss would not see the words that have no label, and the question is such.
         loss = decoder.head(decoder.states(words, patches), labels) / count
         return loss, loss
@@ -86,7 +86,7 @@ class AnswerChoosing(Objective):
 
     def forward(self, images: Tensor, rows: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
         questions, target = AnswerRows.decode(rows, self.head.linear.out_features)
-        patches = self.model.encode_image(images).patches
+        patches = self.model.encode_image(images).memory
         logits = answer_logits(self.model, self.head, patches, questions).float()
         count = per_rank(target.sum(1).gt(0).sum(), group)
         loss = -(target * logits.log_softmax(1)).sum() / count
