@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from sycoca.checked import from_dict, nearest, to_dict
 from sycoca.config import MODEL_PRESETS, ConfigError, ModelConfig
@@ -22,6 +22,7 @@ from sycoca.hub_mixin import (
     read_json,
 )
 from sycoca.model import SyCoCa
+from sycoca.openclip_files import OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, SUFFIXES, read_openclip
 from sycoca.tokenizer import Tokenizer
 from sycoca.weights import WeightsError, load_into, read_weights, resize_positions
 
@@ -42,15 +43,22 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     image_size: int | None = None,
     revision: str | None = None,
+    config: str | None = None,
+    correct_cls_mask: bool = False,
+    allow_pickle: bool = False,
 ) -> Pretrained:
     """A trained model, ready for use.
 
     Args:
-        name_or_path: a folder of `save_pretrained`, the folder of a run, or a repository of the hub ("owner/name").
+        name_or_path: a folder of `save_pretrained` or of open_clip (with `open_clip_config.json`), the folder of a
+            run, a repository of the hub ("owner/name") with either, or a weight file of open_clip's CoCa.
         device: where the model computes.
         image_size: pixels, a multiple of the patch size, where it shall differ from the one the model was trained at;
             positions are interpolated.
         revision: branch, tag or commit of a repository of the hub.
+        config: what a weight file alone is of: the name of a CoCa of open_clip, or a JSON file like theirs.
+        correct_cls_mask: open_clip's weights were trained with its flag of this name.
+        allow_pickle: unpickle arbitrary Python objects from a `.pt` or `.bin` you trust, which can run any code.
 
     Returns:
         The model in fp32, its tokenizer and its configuration.
@@ -58,13 +66,25 @@ def load_pretrained(
     Raises:
         WeightsError: nothing there, or not such a model; one line.
     """
-    folder = _folder(name_or_path, revision)
-    config = read_config(folder / CONFIG)
-    if (folder / PREPROCESSING).is_file():
-        how = read_json(folder / PREPROCESSING)
-        check_normalisation(folder / PREPROCESSING, how.get("image_mean"), how.get("image_std"))
-    tokenizer = read_tokenizer(folder, config)
-    model = build(read_weights(folder / WEIGHTS), config, tokenizer, source=str(folder), image_size=image_size)
+    found = _found(name_or_path, revision)
+    theirs = found.is_file() or (found / OPENCLIP_CONFIG).is_file()
+    if config is not None and not found.is_file():
+        raise WeightsError(f"config={config}: for a weight file alone; {found} says itself what it is")
+    if correct_cls_mask and not theirs:
+        raise WeightsError(f"correct_cls_mask: for weights of open_clip; {found} says itself which mask it has")
+    if theirs:
+        state, made, tokenizer = read_openclip(
+            found, config, correct_cls_mask=correct_cls_mask, allow_pickle=allow_pickle
+        )
+        check_tokenizer(tokenizer, made, source=str(found))
+    else:
+        made = read_config(found / CONFIG)
+        if (found / PREPROCESSING).is_file():
+            how = read_json(found / PREPROCESSING)
+            check_normalisation(found / PREPROCESSING, how.get("image_mean"), how.get("image_std"))
+        tokenizer = read_tokenizer(found, made)
+        state = read_weights(found / WEIGHTS)
+    model = build(state, made, tokenizer, source=str(found), image_size=image_size)
     return Pretrained(model.to(device).eval(), tokenizer, model.config)
 
 
@@ -115,20 +135,27 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
         tokenizer = Tokenizer.load(folder / TOKENIZER)
     except ValueError as error:
         raise WeightsError(str(error)) from None
+    check_tokenizer(tokenizer, config, source=str(folder / TOKENIZER))
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, *, source: str) -> None:
+    """Refuses a tokenizer whose ids mean something else to the model."""
     text = config.text
     ids, wanted = (tokenizer.pad_id, tokenizer.sot_id, tokenizer.eot_id), (text.pad_id, text.sot_id, text.eot_id)
     if tokenizer.vocab_size > text.vocab_size or ids != wanted:
         raise WeightsError(
-            f"{folder / TOKENIZER}: {tokenizer.vocab_size} entries and the special ids {ids}, "
+            f"{source}: {tokenizer.vocab_size} entries and the special ids {ids}, "
             f"the model has {text.vocab_size} and {wanted}"
         )
-    return tokenizer
 
 
-def _folder(name_or_path: str | os.PathLike, revision: str | None) -> Path:
-    """The folder that holds the model; that of a run, or of the hub, where such is named."""
+def _found(name_or_path: str | os.PathLike, revision: str | None) -> Path:
+    """The folder that holds the model, that of a run or of the hub where such is named; or a weight file."""
     path = Path(name_or_path)
     if path.is_dir():
+        if (path / OPENCLIP_CONFIG).is_file():
+            return path
         if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
             return path
         if (path / "model" / CONFIG).is_file():
@@ -140,6 +167,8 @@ def _folder(name_or_path: str | os.PathLike, revision: str | None) -> Path:
         missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
         raise WeightsError(f"{path}: no {' and no '.join(missing)} in this folder")
     if path.exists():
+        if path.suffix in SUFFIXES:
+            return path
         raise WeightsError(f"{path}: a file; a model is a folder with {CONFIG} and {WEIGHTS}")
     parent = path.parent
     if _REPOSITORY.fullmatch(str(name_or_path)) and not parent.is_dir():
@@ -151,9 +180,26 @@ def _folder(name_or_path: str | os.PathLike, revision: str | None) -> Path:
 def _downloaded(repository: str, revision: str | None) -> Path:
     """The folder of a repository of the hub, in the cache of huggingface_hub."""
     try:
-        for name in (CONFIG, TOKENIZER, PREPROCESSING, WEIGHTS):
-            path = hf_hub_download(repository, name, revision=revision)
+        try:
+            path = hf_hub_download(repository, OPENCLIP_CONFIG, revision=revision)
+        except EntryNotFoundError:
+            for name in (CONFIG, TOKENIZER, PREPROCESSING, WEIGHTS):
+                path = hf_hub_download(repository, name, revision=revision)
+        else:
+            _download_first(repository, OPENCLIP_WEIGHTS, revision)
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(f"{repository}: no such folder, and not to be had from the hub ({reason})") from None
     return Path(path).parent
+
+
+def _download_first(repository: str, names: tuple[str, ...], revision: str | None) -> None:
+    """The first of the files that the repository has."""
+    for name in names:
+        try:
+            hf_hub_download(repository, name, revision=revision)
+        except EntryNotFoundError:
+            if name == names[-1]:
+                raise
+        else:
+            return

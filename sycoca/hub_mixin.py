@@ -102,8 +102,8 @@ class HubMixin(
     def _save_pretrained(self, save_directory: Path) -> None:
         write_weights(self.state_dict(), save_directory / WEIGHTS)
         self.tokenizer.save(save_directory / TOKENIZER)
-        _write_json(save_directory / PREPROCESSING, preprocessing(self.config.vision.image_size))
-        _write_json(save_directory / CONFIG, _KIND | to_dict(self.config))
+        write_json(save_directory / PREPROCESSING, preprocessing(self.config.vision.image_size))
+        write_json(save_directory / CONFIG, _KIND | to_dict(self.config))
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -161,5 +161,6 @@ def read_json(path: Path) -> dict:
     return data
 
 
-def _write_json(path: Path, data: dict) -> None:
+def write_json(path: Path, data: dict) -> None:
+    """Writes an object as JSON."""
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

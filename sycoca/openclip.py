@@ -43,9 +43,19 @@ def from_openclip(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
     ours = {}
     for link in _links(config):
         if all(name in rest for name in link.theirs):
-            made = link.read(*(rest.pop(name) for name in link.theirs))
+            parts = [rest.pop(name) for name in link.theirs]
+            try:
+                made = link.read(*parts)
+            except (RuntimeError, IndexError, ValueError):
+                shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(link.theirs, parts))
+                raise WeightsError(f"weights of another architecture: {shapes}") from None
             ours |= zip(link.ours, made, strict=True)
     return ours | rest
+
+
+def openclip_names(config: ModelConfig) -> list[str]:
+    """Names of all tensors of open_clip's model of the same structure."""
+    return [name for link in _links(config) for name in link.theirs]
 
 
 def to_openclip(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -236,3 +246,26 @@ def openclip_config(model_cfg: Mapping[str, Any], *, correct_cls_mask: bool = Fa
         "objectives": ["itc", "ic"],
     }
     return from_dict(ModelConfig, data)
+
+
+def openclip_model_cfg(config: ModelConfig) -> dict[str, Any]:
+    """`model_cfg` of an `open_clip_config.json` that `openclip_config` reads as the same structure."""
+    vision, text = config.vision, config.text
+    pooled = vision.pooler != "cls"
+    sizes = {name: getattr(text, name) for name in ("context_length", "vocab_size", "width")}
+    return {
+        "embed_dim": config.embed_dim,
+        "vision_cfg": {
+            theirs: getattr(vision, ours)
+            for theirs, ours in _VISION.items()
+            if pooled or not theirs.startswith("attn_pooler")
+        }
+        | {
+            "head_width": vision.width // vision.heads,
+            "attentional_pool": next(theirs for theirs, ours in _POOLERS.items() if ours == vision.pooler),
+            "output_tokens": True,
+        },
+        "text_cfg": sizes | {"layers": text.depth, "heads": text.heads, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": sizes | {"layers": config.caption_decoder.depth, "heads": config.caption_decoder.heads},
+        "custom_text": True,
+    }

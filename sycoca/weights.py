@@ -6,7 +6,7 @@ Positions of a patch grid are interpolated where only the grid differs (bicubic,
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,31 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, fre
         WeightsError: other names or shapes; the first five of each are told.
     """
     wanted = model.state_dict()
-    missing = [name for name in wanted if name not in state and not name.startswith(fresh or ("\0",))]
-    unknown = [name for name in state if name not in wanted]
+    needed = [name for name in wanted if name in state or not name.startswith(fresh or ("\0",))]
     reshaped = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
         for name in wanted
         if name in state and state[name].shape != wanted[name].shape
     ]
+    architecture_differs(needed, state, reshaped, source=source)
+    state = {
+        name: tensor.to(wanted[name].device if wanted[name].device.type != "meta" else "cpu", torch.float32)
+        for name, tensor in state.items()
+    }
+    model.load_state_dict(state, strict=False, assign=True)
+
+
+def architecture_differs(
+    wanted: Collection[str], found: Collection[str], reshaped: Sequence[str] = (), *, source: str
+) -> None:
+    """Refuses weights of other names than `wanted`, or told to be of another shape; the first five of each are named.
+
+    Raises:
+        WeightsError: there are such.
+    """
+    missing = [name for name in wanted if name not in found]
+    known = set(wanted)
+    unknown = [name for name in found if name not in known]
     told = [
         f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
         for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", reshaped))
@@ -119,11 +137,6 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, fre
     ]
     if told:
         raise WeightsError(f"{source}: weights of another architecture; {'; '.join(told)}")
-    state = {
-        name: tensor.to(wanted[name].device if wanted[name].device.type != "meta" else "cpu", torch.float32)
-        for name, tensor in state.items()
-    }
-    model.load_state_dict(state, strict=False, assign=True)
 
 
 def resize_positions(pos: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub.hub_mixin
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from sycoca import SyCoCa, create_model, hub, list_models, load_pretrained
@@ -174,9 +175,14 @@ def test_no_tokenizer_no_folder(config, tmp_path):
 
 def test_a_name_on_the_hub_is_downloaded(written, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        hub, "hf_hub_download", lambda repo, name, revision: asked.append((repo, name)) or str(written[1] / name)
-    )
+
+    def download(repo, name, revision):
+        if name not in FILES:
+            raise EntryNotFoundError("404")
+        asked.append((repo, name))
+        return str(written[1] / name)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
     assert load_pretrained("nobody/model").config == written[0].config
     assert {repo for repo, _ in asked} == {"nobody/model"} and {name for _, name in asked} == FILES - {"README.md"}
 
