@@ -90,11 +90,13 @@ class Inputs(NamedTuple):
     def left_out(self) -> str:
         """What this run could not use, by cause, over all ranks; empty if nothing. All ranks call it."""
         parts = [None] * self.world
-        dist.all_gather_object(parts, self.train.skipped.samples)
-        for part in parts:
-            for key, cause in part.items():
-                self.train.skipped.sample(key, cause)
-        return self.train.skipped.line()
+        account = self.train.skipped
+        dist.all_gather_object(parts, (account.samples, account.parts))
+        for samples, found in parts:
+            for name, cause in samples.items():
+                account.sample(name, cause)
+            account.add_parts(found)
+        return account.line()
 
 
 def trim(tokens: Tensor, pad_id: int) -> Tensor:

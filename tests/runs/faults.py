@@ -137,7 +137,7 @@ class Run:
 def finished(run: Run, timeout_s: float = 120) -> Run:
     """The run, after all its ranks have ended well."""
     codes = run.wait(timeout_s)
-    assert codes == [0] * len(codes), run.text
+    assert codes == [0] * len(codes), f"{codes}\n{run.text}"
     return run
 
 

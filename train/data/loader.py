@@ -47,6 +47,14 @@ class LoadedBatch(NamedTuple):
     index: int
 
 
+class _Made(NamedTuple):
+    """A batch, or why there is none, and what making it found unusable: (key, cause, index) of samples, and parts."""
+
+    batch: LoadedBatch | DataError
+    faults: list[tuple[str, str, int]]
+    parts: dict[str, tuple[str, str]]
+
+
 class _Maker(Dataset):
     """Makes the batch of a (epoch, index); holds no state that a batch could depend on."""
 
@@ -62,21 +70,26 @@ class _Maker(Dataset):
         self.crop_scale = form["crop_scale"]
         self.flip = form["flip"]
         self.normalised = form["normalised"]
+        self._told = len(source.skipped.parts)
 
-    def __getitem__(self, ticket: tuple[int, int]) -> tuple[LoadedBatch | DataError, list[tuple[str, str]]]:
+    def __getitem__(self, ticket: tuple[int, int]) -> _Made:
+        faults: list[tuple[str, str, int]] = []
         # Raised in a worker, an error would come out as the text of its traceback.
         try:
-            return self._batch(*ticket)
+            batch = self._batch(*ticket, faults)
         except DataError as error:
-            return error, []
+            batch = error
+        parts = self.source.skipped.parts_from(self._told)
+        self._told += len(parts)
+        return _Made(batch, faults, parts)
 
-    def _batch(self, epoch: int, index: int) -> tuple[LoadedBatch, list[tuple[str, str]]]:
+    def _batch(self, epoch: int, index: int, faults: list[tuple[str, str, int]]) -> LoadedBatch:
         positions = index * self.global_batch + self.first + np.arange(self.local)
         chosen = self.source.order(epoch, positions, self.seed)
         if self.source.far:
             self._look_ahead(epoch, positions)
         pictures = np.empty((self.local, self.image_size, self.image_size, 3), dtype=np.uint8)
-        captions, keys, faults = [], [], []
+        captions, keys = [], []
         for row, position in enumerate(positions.tolist()):
             number = int(chosen[row])
             for attempt in range(_ATTEMPTS):
@@ -84,19 +97,19 @@ class _Maker(Dataset):
                     pictures[row], caption, key = self._sample(epoch, number)
                     break
                 except BadSample as bad:
-                    faults.append((bad.key, bad.cause))
+                    faults.append((bad.key, bad.cause, number % len(self.source)))
                     word = mix(self.seed, epoch, position, STAND_IN, attempt)
                     number = self.source.stand_in(number, word, attempt)
             else:
                 raise DataError(
-                    f"data source '{self.source.name}': {_ATTEMPTS} samples in a row were bad, {faults[-1]}"
+                    f"data source '{self.source.name}': {_ATTEMPTS} samples in a row were bad, {faults[-1][:2]}"
                 )
             chosen[row] = number
             captions.append(caption)
             keys.append(key)
         seeds = (mix_array(mix(self.seed, epoch, SEED), chosen) >> np.uint64(1)).astype(np.int64)
         images = torch.from_numpy(pictures)
-        batch = LoadedBatch(
+        return LoadedBatch(
             normalise(images) if self.normalised else images,
             self.tokenizer.encode(captions, self.context_length),
             torch.from_numpy(seeds),
@@ -105,7 +118,6 @@ class _Maker(Dataset):
             epoch,
             index,
         )
-        return batch, faults
 
     def _look_ahead(self, epoch: int, positions: np.ndarray) -> None:
         size = len(self.source)
@@ -157,7 +169,7 @@ def _start_worker(_: int) -> None:
 
 
 class Loader:
-    """An iterator of `LoadedBatch`; `skipped` accounts for the samples left out so far."""
+    """An iterator of `LoadedBatch`; `skipped` accounts for what was left out so far."""
 
     def __init__(self, maker: _Maker, tickets: _Tickets, workers: int, pin_memory: bool) -> None:
         self.skipped = Skipped()
@@ -186,12 +198,13 @@ class Loader:
     def __next__(self) -> LoadedBatch:
         if self._made is None:
             raise StopIteration
-        batch, faults = next(self._made)
-        if isinstance(batch, DataError):
-            raise batch
-        for key, cause in faults:
-            self.skipped.sample(key, cause)
-        return batch
+        made = next(self._made)
+        for key, cause, index in made.faults:
+            self.skipped.sample(key, cause, index)
+        self.skipped.add_parts(made.parts)
+        if isinstance(made.batch, DataError):
+            raise made.batch
+        return made.batch
 
     def close(self) -> None:
         """Ends the workers."""

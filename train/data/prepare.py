@@ -131,14 +131,15 @@ class _Writer:
         from train.data.shard_writer import write_shard
 
         account, source = Skipped(), self.sources[job.split]
-        before = dict(source.skipped.rows)
+        before, told_parts = dict(source.skipped.rows), len(source.skipped.parts)
         entry, keys = write_shard(source, job.indices, self.out / job.name, self.image_size, account)
         record = {
             "entry": {"file": job.name, **entry},
             "keys": keys,
             "samples": account.samples,
             "rows": {c: n - before.get(c, 0) for c, n in source.skipped.rows.items() if n > before.get(c, 0)},
-            "examples": source.skipped.examples(),
+            "examples": source.skipped.examples() | account.examples(),
+            "parts": source.skipped.parts_from(told_parts),
         }
         write_json(self.out / _PARTS / f"{job.name}.json", record)
         return record
@@ -201,9 +202,10 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     seen: set[str] = set()
     for job in jobs:
         record = records[job]
-        for key, cause in record["samples"].items():
-            account.sample(key, cause)
         account.add_rows(record["rows"], record["examples"])
+        for name, cause in record["samples"].items():
+            account.sample(name, cause)
+        account.add_parts(record["parts"])
         for key in record["keys"]:
             if key in seen:
                 account.row("duplicate key (kept)", key)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -92,18 +94,25 @@ class Sample(NamedTuple):
 
 
 class Skipped:
-    """An account, by cause, of what was left out: whole samples once each, rows and captions one by one."""
+    """An account, by cause, of what was left out.
+
+    `samples` are whole ones, by name; `rows` those of the lists that are read when a source is opened, by cause;
+    `parts` what reading found unusable beside or within samples, by place. Samples and parts count once each, however
+    often and by however many processes they are read.
+    """
 
     def __init__(self) -> None:
         self.samples: dict[str, str] = {}
         self.rows: dict[str, int] = {}
+        self.parts: dict[str, tuple[str, str]] = {}
         self._examples: dict[str, str] = {}
 
-    def sample(self, key: str, cause: str) -> bool:
-        """Notes a sample; returns whether it is a new one."""
-        if key in self.samples:
+    def sample(self, key: str, cause: str, index: int | None = None) -> bool:
+        """Notes a sample; returns whether it is a new one. Its index tells it from others of the same key."""
+        name = key if index is None else f"{key} (sample {index})"
+        if name in self.samples:
             return False
-        self.samples[key] = cause
+        self.samples[name] = cause
         self._examples.setdefault(cause, key)
         return True
 
@@ -112,18 +121,24 @@ class Skipped:
         self.rows[cause] = self.rows.get(cause, 0) + 1
         self._examples.setdefault(cause, where)
 
+    def part(self, place: str, cause: str, where: str) -> None:
+        """Notes what reading found at a place, which names it among all parts; `where` is for a person."""
+        self.parts.setdefault(place, (cause, where))
+        self._examples.setdefault(cause, where)
+
     def counts(self) -> dict[str, int]:
-        """Cause to count, samples and rows together."""
+        """Cause to count, samples, rows and parts together."""
         counts = dict(self.rows)
-        for cause in self.samples.values():
+        for cause in (*self.samples.values(), *(cause for cause, _ in self.parts.values())):
             counts[cause] = counts.get(cause, 0) + 1
         return counts
 
     def add(self, other: Skipped) -> None:
         """Takes over another account."""
-        for key, cause in other.samples.items():
-            self.sample(key, cause)
         self.add_rows(other.rows, other._examples)
+        for name, cause in other.samples.items():
+            self.sample(name, cause)
+        self.add_parts(other.parts)
 
     def add_rows(self, rows: dict[str, int], examples: dict[str, str]) -> None:
         """Takes over counts of rows by cause, and an example of each."""
@@ -131,6 +146,15 @@ class Skipped:
             self.rows[cause] = self.rows.get(cause, 0) + count
         for cause, example in examples.items():
             self._examples.setdefault(cause, example)
+
+    def add_parts(self, parts: Mapping[str, tuple[str, str]]) -> None:
+        """Takes over parts that another process found."""
+        for place, (cause, where) in parts.items():
+            self.part(place, cause, where)
+
+    def parts_from(self, start: int) -> dict[str, tuple[str, str]]:
+        """The parts noted after the first `start`."""
+        return dict(itertools.islice(self.parts.items(), start, None)) if len(self.parts) > start else {}
 
     def examples(self) -> dict[str, str]:
         """The first sample or row of each cause."""
@@ -145,7 +169,7 @@ class Skipped:
         return "left out: " + ", ".join(parts)
 
     def __bool__(self) -> bool:
-        return bool(self.samples or self.rows)
+        return bool(self.samples or self.rows or self.parts)
 
 
 class Source:
@@ -250,6 +274,6 @@ def readable(dataset: Source, indices=None, skipped: Skipped | None = None):
         try:
             sample = dataset[index]
         except BadSample as bad:
-            account.sample(bad.key, bad.cause)
+            account.sample(bad.key, bad.cause, index)
         else:
             yield index, sample

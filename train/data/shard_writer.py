@@ -74,7 +74,7 @@ def write_shard(
                 sample = source[index]
                 data, ending = source.encoded(index)
             except BadSample as bad:
-                seen.sample(bad.key, bad.cause)
+                seen.sample(bad.key, bad.cause, index)
                 continue
             if image_size is not None:
                 from sycoca.images import as_pil

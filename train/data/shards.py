@@ -107,7 +107,6 @@ class Shards(Source):
         self._window = window
         self._listings: OrderedDict[int, Listing] = OrderedDict()
         self._files: OrderedDict[int, tuple[int, Any]] = OrderedDict()
-        self._noted: set[int] = set()
         has_splits = any(shard.split is not None for shard in shards)
         self._shards = [shard for shard in shards if not has_splits or shard.split == split]
         if not self._shards:
@@ -220,10 +219,10 @@ class Shards(Source):
 
     def _scanned(self, shard: Shard, path: Path) -> Listing:
         listing = scan(path)
-        for cause, where in listing.faults:
-            self.skipped.row(cause, where)
+        for number, (cause, where) in enumerate(listing.faults):
+            self.skipped.part(f"{shard.place} fault {number}", cause, where)
         if shard.samples is not None and len(listing.keys) > shard.samples:
-            self.skipped.row("shard holds more than its index says", shard.name)
+            self.skipped.part(f"{shard.place} size", "shard holds more than its index says", shard.name)
         return listing
 
     def _read(self, index: int) -> tuple[Listing, int, int, str]:
@@ -255,7 +254,7 @@ class Shards(Source):
             try:
                 data = json.loads(raw.decode("utf-8", "surrogateescape"))
             except (ValueError, RecursionError):
-                self._note(index, "JSON of a sample is damaged", key)
+                self._note(index, "json", "JSON of a sample is damaged", key)
         data = data if isinstance(data, dict) else {}
         if isinstance(data.get("captions"), list):
             captions = [text if isinstance(text, str) else "" for text in data["captions"]]
@@ -268,14 +267,14 @@ class Shards(Source):
         kept = tuple(caption.strip() for caption, fault in zip(captions, faults) if not fault)
         if not kept:
             raise BadSample(faults[0] if faults else "missing caption", key)
-        for fault in filter(None, faults):
-            self._note(index, fault, key)
+        for place, fault in enumerate(faults):
+            if fault:
+                self._note(index, f"caption {place}", fault, key)
         return kept, key, {**data, "faults": faults}
 
-    def _note(self, index: int, cause: str, key: str) -> None:
-        if index not in self._noted:
-            self.skipped.row(cause, key)
-            self._noted.add(index)
+    def _note(self, index: int, part: str, cause: str, key: str) -> None:
+        shard, inner = self._place(index)
+        self.skipped.part(f"{self._shards[shard].place}#{inner} {part}", cause, key)
 
     def encoded(self, index: int) -> tuple[bytes, str]:
         listing, inner, descriptor, key = self._read(index)
@@ -309,11 +308,11 @@ class Shards(Source):
             return None
         kept = [place for place, fault in enumerate(data["faults"]) if not fault]
         regions = []
-        for item in data["regions"]:
+        for place, item in enumerate(data["regions"]):
             try:
                 region = read_region(item)
             except ValueError as error:
-                self._note(index, str(error), key)
+                self._note(index, f"region {place}", str(error), key)
                 continue
             regions.append(region._replace(caption=kept.index(region.caption) if region.caption in kept else -1))
         return tuple(regions)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.train.data.folders import captions, pixels, sample_members, write_tar
-from tests.train.data.test_data_loader import same, take
-from train.data import DataError, fetch, open_dataset, readable
+from tests.train.data.test_data_loader import FORM, TOKENIZER, same, take
+from train.data import DataError, batches, fetch, open_dataset, readable
 from train.data.braces import expand
 from train.data.prepare import main as prepare
 
@@ -119,6 +119,39 @@ def test_damage_costs_what_it_hits_and_is_counted(how, good, indexed, tmp_path):
         ) == (10 - good)
     for sample in samples.values():
         assert np.array_equal(np.array(sample.image), np.array(open_png(int(sample.key))))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_workers_find_in_shards_reaches_the_account_of_the_run(workers, tmp_path):
+    # Two folders whose shards and samples are named alike.
+    for folder in ("a", "b"):
+        members = [m for n in range(12) for m in sample_members(n)]
+        members[4] = ("00002.png", b"")
+        path = write_tar(tmp_path / folder / "000.tar", members)
+        assert prepare(["--index", str(path), str(path.parent / "index.json"), "--workers", "1"]) == 0
+        members[1] = ("00000.txt", b"good\n\n \nalso good")
+        members[6:8] = [("00003.png", pixels(3)[:150]), ("00003.txt", b"words"), ("00003.txt", b"again")]
+        write_tar(path, members[:-4])
+    mixture = open_dataset(f"{tmp_path}/a=0.5,{tmp_path}/b=0.5", whole=True)
+    parts = [open_dataset(str(tmp_path / folder), whole=True) for folder in ("a", "b")]
+    for source in (mixture, *parts):
+        accounts = []
+        for rank in range(2):
+            # Four passes, since a mixture shows no pass of a source whole in an epoch.
+            loader = batches(source, TOKENIZER, global_batch=4, world=2, rank=rank, epochs=4, workers=workers, **FORM)
+            accounts.append((loader, {i for batch in loader for i in batch.ids.tolist()}))
+        account = accounts[0][0].skipped
+        account.add(accounts[1][0].skipped)
+        good = accounts[0][1] | accounts[1][1]
+        both = len(source) // 12
+        assert len(good) == 8 * both and len(good) + len(account.samples) == len(source)
+        assert account.counts() == {
+            "empty file": both,
+            "unreadable image": both,
+            "lost: no longer in its shard": 2 * both,
+            "duplicate key": both,
+            "empty caption": 2 * both,
+        }
 
 
 def open_png(number):
