@@ -67,7 +67,8 @@ def save_checkpoint(engine: Any, run_dir: Path, *, step: int, kept: Kept, facts:
     files.start()
     if first:
         with _noted(files):
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in (partial, folder / _UNIVERSAL):
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
     if not _agree(files.failure):
         engine.save_checkpoint(str(partial), tag=name, client_state={"step": step}, save_latest=False)
@@ -99,7 +100,7 @@ def _noted(files: DurableFiles):
     try:
         yield
     except OSError as error:
-        files.failure = files.failure or error.strerror
+        files.failure = files.failure or error.strerror or str(error)
 
 
 def _agree(failure: str | None) -> str | None:
@@ -212,6 +213,8 @@ def load_reshaped(engine: Any, run_dir: Path, step: int, *, trusted: bool = Fals
         except (CheckpointError, OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
             failure = f"{tag(step)} could not be reshaped: {error}"
     if failure := _agree(failure):
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / _UNIVERSAL, ignore_errors=True)
         raise CheckpointError(failure)
     engine._config.load_universal_checkpoint = True
     mend_loading(engine.optimizer)
@@ -268,7 +271,11 @@ class Saver:
     def is_late(self) -> bool:
         """Whether `save_minutes` have gone since the last checkpoint. Clocks of ranks differ: one of them decides."""
         minutes = self._train.save_minutes
-        return minutes is not None and time.monotonic() - self._saved_s > 60 * minutes
+        late = minutes is not None and time.monotonic() - self._saved_s > 60 * minutes
+        if late:
+            # The answer comes a step later; until then it must not be asked for again.
+            self._saved_s = time.monotonic()
+        return late
 
     def save(self, step: int, *, say: Callable[[str], None], must: bool) -> None:
         """Saves after `step` optimizer steps. All ranks call it.

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from sycoca.config import ConfigError
+from train.durable import faults
 from train.run_folder import checkpoint_steps, read_run_config
 
 
@@ -26,17 +27,23 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, allow_pickle: b
         The step of the checkpoint.
 
     Raises:
-        ConfigError: no run, or no such checkpoint.
+        ConfigError: no run, or no such checkpoint, or a damaged one.
+        CheckpointError: every checkpoint is damaged.
         WeightsError: a checkpoint that cannot be read, or is of another architecture.
     """
     config = read_run_config(run_dir).config.model
     steps = checkpoint_steps(run_dir)
     if not steps:
         raise ConfigError(f"{run_dir}: holds no checkpoint")
-    step = steps[-1] if step is None else step
+    if step is None:
+        from train.checkpoints import newest_sound
+
+        step = newest_sound(run_dir).step
     if step not in steps:
         raise ConfigError(f"--step {step}: {run_dir} holds checkpoints of the steps {', '.join(map(str, steps))}")
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    if found := faults(folder):
+        raise ConfigError(f"{folder} is damaged: {found[0]}")
 
     from sycoca.hub import build, read_tokenizer
 

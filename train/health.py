@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from datetime import timedelta
 from statistics import median
 from typing import Any, NamedTuple
@@ -83,17 +84,19 @@ class Control:
 class Skips:
     """An account of the steps whose gradients were not finite. DeepSpeed leaves them out on all ranks alike."""
 
-    def __init__(self, engine: Any, total: int = 0) -> None:
+    def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._before = engine.skipped_steps
-        self.total, self.in_a_row = total, 0
+        # DeepSpeed's own count comes back with a checkpoint.
+        self.total, self.in_a_row = engine.skipped_steps, 0
 
-    def after(self, step: int, places: list[Place]) -> str:
+    def after(self, step: int, places: list[Place], losses: Sequence[torch.Tensor] = ()) -> str:
         """Looks at a finished optimizer step.
 
         Args:
             step: its number, from 1.
-            places: the batches it was made of.
+            places: the batches it was made of, of this rank.
+            losses: of each of them.
 
         Returns:
             A line for people where the step was left out, else nothing.
@@ -103,22 +106,30 @@ class Skips:
         """
         skipped = self._engine.skipped_steps > self._before
         self._before = self._engine.skipped_steps
-        # Without ZeRO nothing is left out: what was not finite is in the weights already.
-        if not skipped and not (self._engine.zero_optimization_stage() == 0 and self._norm_is_lost()):
+        if not skipped:
             self.in_a_row = 0
+            # Without ZeRO nothing is left out: what was not finite is in the weights already.
+            if self._engine.zero_optimization_stage() == 0 and (name := broken_weight(self._engine.module)):
+                raise StopRun(f"step {step}: weight {name} is not finite; ZeRO stage 0 leaves no step out")
             return ""
         self.total += 1
         self.in_a_row += 1
-        where = "; ".join(str(place) for place in places) or "no keys"
+        where = _culprits(places, losses)
         if name := broken_weight(self._engine.module):
             raise StopRun(f"step {step}: weight {name} is not finite; last batch: {where}")
         if self.in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise StopRun(f"step {step}: {self.in_a_row} steps in a row had non-finite gradients; last batch: {where}")
         return f"step {step} left out, its gradient is not finite: {where}"
 
-    def _norm_is_lost(self) -> bool:
-        norm = self._engine.get_global_grad_norm()
-        return norm is not None and not math.isfinite(norm)
+
+def _culprits(places: Sequence[Place], losses: Sequence[torch.Tensor]) -> str:
+    """The batches whose own loss is not finite, on whatever rank; all of them where none is. All ranks call it."""
+    finite = [bool(torch.isfinite(loss).all()) for loss in losses] or [True] * len(places)
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, [(str(place), ok) for place, ok in zip(places, finite, strict=True)])
+    named = [(f"rank {rank}, {place}", ok) for rank, part in enumerate(told) for place, ok in part]
+    chosen = [text for text, ok in named if not ok] or [text for text, _ in named]
+    return "; ".join(chosen[:4]) or "no keys"
 
 
 def broken_weight(module: torch.nn.Module) -> str:
@@ -174,11 +185,12 @@ class Heartbeat:
         if self._world > 1:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self._store = dist.TCPStore(host, port, None, False, timedelta(seconds=max(5.0, timeout_s)))
-            self._beats = 0
+            self._beats = self._unanswered = 0
             self._beat()
             dist.barrier()
             self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
             self._thread.start()
+            threading.Thread(target=self._watch_store, daemon=True, name="heartbeat-watch").start()
 
     def _beat(self) -> None:
         self._beats += 1
@@ -191,13 +203,20 @@ class Heartbeat:
             try:
                 self._beat()
                 silent_s = self._silence(neighbour)
+                self._unanswered = 0
             except RuntimeError:
                 # The store ends with rank 0; what waits for it in a collective will say so.
-                if self._done.wait(self._timeout_s):
-                    return
-                self._end(0, self._timeout_s)
+                return
             if silent_s > self._timeout_s:
                 self._end(neighbour, silent_s)
+
+    def _watch_store(self) -> None:
+        # A store whose rank is stopped answers nothing, and its client waits for ever, whatever its timeout. Ticks are
+        # counted, not time: a process that was itself stopped must not accuse another.
+        while not self._done.wait(_BEAT_S):
+            self._unanswered += 1
+            if (silent_s := self._unanswered * _BEAT_S) > self._timeout_s:
+                self._end(0, silent_s)
 
     def _silence(self, rank: int) -> float:
         value, now = self._store.get(f"beat/{rank}"), time.monotonic()

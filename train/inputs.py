@@ -81,10 +81,13 @@ class Inputs(NamedTuple):
             StopRun: they are more than `data.max_left_out` of the source.
         """
         most = self.launch.config.data.max_left_out
-        if found_bad > most * len(self.train):
+        if found_bad <= most * len(self.train):
+            return
+        # Ranks meet one another's samples in later epochs; merged, each counts once.
+        line = self.left_out()
+        if (merged := len(self.train.skipped.samples) - self.opened_without) > most * len(self.train):
             raise StopRun(
-                f"{found_bad:.0f} of {len(self.train)} training samples cannot be used, data.max_left_out is {most}: "
-                f"{self.left_out()}"
+                f"{merged} of {len(self.train)} training samples cannot be used, data.max_left_out is {most}: {line}"
             )
 
     def left_out(self) -> str:
@@ -184,4 +187,7 @@ def _tokenizer(launch: Launch, train: Source, rank: int) -> Tokenizer:
             raise DataError(f"data.tokenizer={name}: {error}") from None
         made.save(saved)
     dist.barrier()
-    return Tokenizer.load(saved)
+    try:
+        return Tokenizer.load(saved)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{saved}: {error}") from None

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sycoca.config import ModelConfig
+from train.durable import write_atomically
 
 # Terms on the progress line, those of fine-tuning behind those of pre-training.
 _SHOWN = ("itc", "caption", "tgmim", "answer", "label", "reward", "greedy")
@@ -156,14 +157,15 @@ def truncate_after(path: Path, step: int) -> None:
     """Drops rows behind `step`, which a resumed run will write again."""
     if not path.exists():
         return
-    rows = path.read_text(encoding="utf-8").splitlines()
+    rows = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [row for row in rows if _is_row(row) and json.loads(row)["step"] <= step]
-    path.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
+    write_atomically(path, "".join(row + "\n" for row in kept))
 
 
 def _is_row(line: str) -> bool:
     try:
-        return "step" in json.loads(line)
+        row = json.loads(line)
+        return isinstance(row, dict) and "step" in row
     except ValueError:
         return False
 

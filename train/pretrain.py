@@ -95,7 +95,7 @@ def pretrain(launch: Launch) -> None:
                 taken.append(torch.stack(losses).detach())
                 places.append(place)
             timing = Timing(waited, time.perf_counter() - started, sum(shares) * train.accumulation)
-            line = skips.after(step + 1, places)
+            line = skips.after(step + 1, places, taken)
             scalars = {"lr": lr, "grad_norm": engine.get_global_grad_norm(), "skipped": skips.total}
             log.step(step, torch.stack(taken).mean(0), scalars, timing, places)
             if line:

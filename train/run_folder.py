@@ -25,6 +25,8 @@ class Hold:
         except BlockingIOError:
             self._file.close()
             raise ConfigError(f"--run-dir {run_dir}: another process is writing there") from None
+        # A loader worker that outlives its rank for a moment must not hold the folder.
+        os.register_at_fork(after_in_child=self._file.close)
 
 
 @contextmanager

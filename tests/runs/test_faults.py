@@ -124,7 +124,7 @@ def nan_for_ever():
 def test_a_batch_that_is_not_finite_is_left_out_by_all_ranks(tmp_path):
     run = finished(Run(tmp_path / "run", "steps=5", *SMALL, world=2, prepare=nan_once))
     assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 0, 1, 1, 1]
-    assert "step 3 left out, its gradient is not finite: batch 2 of epoch 0 (" in run.text
+    assert "step 3 left out, its gradient is not finite: rank 1, batch 2 of epoch 0 (" in run.text
     assert all(row["loss"] is not None for row in rows(tmp_path / "run")[3:])
 
 
@@ -154,15 +154,17 @@ def test_a_weight_that_is_not_finite_ends_the_run_within_a_step(tmp_path):
     assert "step 4: weight " in run.text and " is not finite" in run.text
 
 
-def test_a_silent_rank_is_named_and_ends_the_others(tmp_path):
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_silent_rank_is_named_and_ends_the_others(tmp_path, silent):
     run = Run(tmp_path / "run", "steps=4000", "timeout_s=3", *SMALL, world=2)
     run.wait_for(lambda: run.steps() >= 2)
-    run.signal(1, signal.SIGSTOP)
+    run.signal(silent, signal.SIGSTOP)
     started = time.monotonic()
-    run.ranks[0].join(20)
+    other = run.ranks[1 - silent]
+    other.join(38)
     taken_s = time.monotonic() - started
-    assert run.ranks[0].exitcode == 4, run.text
-    assert "rank 1 has not answered" in run.text or "rank 1 does not answer" in run.text
+    assert other.exitcode == 4, run.text
+    assert f"rank {silent} has not answered" in run.text or f"rank {silent} does not answer" in run.text
     assert taken_s < 3 + 35
     run.kill()
 
