@@ -66,7 +66,7 @@ def load_pretrained(
     Raises:
         WeightsError: nothing there, or not such a model; one line.
     """
-    found = _found(name_or_path, revision)
+    found = find_model(name_or_path, revision)
     theirs = found.is_file() or (found / OPENCLIP_CONFIG).is_file()
     if config is not None and not found.is_file():
         raise WeightsError(f"config={config}: for a weight file alone; {found} says itself what it is")
@@ -150,7 +150,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, *, source: str) -
         )
 
 
-def _found(name_or_path: str | os.PathLike, revision: str | None) -> Path:
+def find_model(name_or_path: str | os.PathLike, revision: str | None = None) -> Path:
     """The folder that holds the model, that of a run or of the hub where such is named; or a weight file."""
     path = Path(name_or_path)
     if path.is_dir():

@@ -131,12 +131,15 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True)
 class RunConfig(Section):
+    """A run; `init` names the model that it starts from."""
+
     preset: str
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    init: str | None = None
 
 
 PRESETS: dict[str, RunConfig] = {

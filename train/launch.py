@@ -20,6 +20,7 @@ from sycoca.config import ConfigError, from_dict, nearest, to_dict
 from train import deepspeed_json
 from train.config import PRESETS, RunConfig
 from train.data import DataError, open_dataset
+from train.initial import check_text, started_from
 from train.precedence import taken_over
 from train.recipe import chosen, recipes
 from train.run_folder import check_writable, checkpoint_steps, free_run_dir, read_run_config, resume_dir
@@ -29,7 +30,7 @@ _FIXED = frozenset(
     ["data.train", "data.val", "data.tokenizer", "train.seed", "train.micro_batch", "train.accumulation"]
 )
 # What has an option of its own on the command line.
-_CHOSEN_APART = frozenset(["preset", "task", "model"])
+_CHOSEN_APART = frozenset(["preset", "task", "model", "init"])
 # The bytes and the special tokens.
 _LEAST_VOCABULARY = 256 + 3
 
@@ -78,6 +79,11 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--data", help="training source: scenes, a table, COCO, tar shards, a mixture (docs/guides/own_data.md)"
+    )
+    p.add_argument(
+        "--init",
+        metavar="MODEL",
+        help="start from this model: its folder, that of a run or of open_clip's CoCa, or a name on the hub",
     )
     p.add_argument("--run-dir", type=Path, help="folder of the run; without it a free one under runs/")
     p.add_argument("--resume", action="store_true", help="continue --run-dir, or else the newest run")
@@ -132,7 +138,14 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
         if overrides.get("data.train", args.data) != args.data:
             raise ConfigError(f"--data {args.data} and data.train={overrides['data.train']} differ")
         overrides["data.train"] = args.data
+    init = args.init or config.init
+    if args.resume and init != config.init:
+        raise ConfigError(f"--resume: the run started from {config.init or 'fresh weights'}, not from --init {init}")
+    if init is not None and not args.resume:
+        config = started_from(config, init)
     config = apply_overrides(config, overrides)
+    if init is not None and not args.resume:
+        check_text(config.model, init)
     config = apply_overrides(config, taken_over(ds, config, overrides, ds_path.name, world))
     config = settle(config, overrides, has_cuda)
     if run_dir is None:

@@ -36,6 +36,7 @@ def pretrain(launch: Launch) -> None:
     from train.checkpoints import Saver, choose, prepare, resume, tokenizer_digest
     from train.export import export
     from train.health import Control, Heartbeat, Skips, Spikes, StopRequest
+    from train.initial import load_initial
     from train.inputs import hold_run_dir, open_inputs
     from train.metrics import RunLog, Timing, trained_losses
     from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
@@ -55,6 +56,7 @@ def pretrain(launch: Launch) -> None:
     torch.manual_seed(train.seed)
     with deepspeed.zero.Init(config_dict_or_path=launch.deepspeed, enabled=stage == 3):
         model = SyCoCa(config.model)
+    anew = load_initial(model, config) if config.init and not chosen else []
     if train.compile:
         compile_blocks(model)
     optimizer = build_optimizer(parameter_groups(model, config.optimizer.weight_decay), config.optimizer)
@@ -75,7 +77,7 @@ def pretrain(launch: Launch) -> None:
         spikes=Spikes(train.spike_factor),
         wandb=train.wandb,
     )
-    log.say(start_line(launch, model, inputs, world, chosen))
+    log.say(start_line(launch, model, inputs, world, chosen, anew))
     batches = inputs.batches(first_step * train.accumulation, device)
     shares = [train.micro_batch] * world
     with heartbeat.guard():
@@ -121,7 +123,7 @@ def pretrain(launch: Launch) -> None:
     del held
 
 
-def start_line(launch: Launch, model, inputs, world: int, chosen) -> str:
+def start_line(launch: Launch, model, inputs, world: int, chosen, anew: list[str]) -> str:
     """What is about to run, for a person."""
     from train.checkpoints import told
 
@@ -134,6 +136,7 @@ def start_line(launch: Launch, model, inputs, world: int, chosen) -> str:
         f"{count / 1e6:.1f} M parameters, ZeRO {stage}, {world} rank(s), {train.precision}, "
         f"batch {train.micro_batch} x {train.accumulation} x {world}, {inputs.total_steps} steps",
         f"data: {data.train}, {len(inputs.train)} samples, {len(inputs.val)} held out; run folder: {launch.run_dir}",
+        *([f"weights: {config.init}; anew: {', '.join(anew) or 'nothing'}"] if config.init and not chosen else []),
         *launch.notes,
         *([f"damaged checkpoints passed over: {told(chosen.damaged)}"] if chosen and chosen.damaged else []),
         *filter(None, (inputs.train.skipped.line(), inputs.val.skipped.line())),
