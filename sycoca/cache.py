@@ -71,17 +71,20 @@ class Cached:
     def __init__(self, model: Any, image_features: Any, room: int) -> None:
         self._text, self._decoder = model.text, model.caption_decoder
         patches = image_features.memory
-        self._images, self._length = len(patches), 0
+        self._images = len(patches)
+        self._tokens = torch.empty(self._images, 0, dtype=torch.int64, device=patches.device)
         self._words = [GrowingKeysValues(room) for _ in self._text.blocks]
         self._layers = [
             (causal, GrowingKeysValues(room), cross, cross.look_up(patches)) for causal, cross in self._decoder.layers()
         ]
 
     def advance(self, tokens: Tensor) -> Tensor:
-        x = self._text.sequence(tokens, first=self._length)
-        self._length += tokens.shape[1]
+        first = self._tokens.shape[1]
+        self._tokens = torch.cat((self._tokens, tokens), dim=1)
+        x, visible = self._text.sequence(tokens, first=first), self._text.visible(self._tokens, first)
+        masks = () if visible is None else (None, visible)
         for block, past in zip(self._text.blocks, self._words):
-            x = block(x, past)
+            x = block(x, past, *masks)
         N, n, D = x.shape
         for causal, past, cross, patches in self._layers:
             x = causal(x, past).view(self._images, -1, D)
@@ -91,6 +94,7 @@ class Cached:
     def select(self, rows: Tensor) -> None:
         for past in (*self._words, *(past for _, past, _, _ in self._layers)):
             past.select(rows)
+        self._tokens = self._tokens[rows]
 
 
 class Recomputed:

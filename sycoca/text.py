@@ -88,6 +88,10 @@ class TextEncoder(nn.Module):
         """States (B, T, D) of tokens (B, T) that may be unfinished; no [CLS]."""
         return self._run(self.sequence(tokens))
 
+    def visible(self, tokens: Tensor, first: int = 0) -> Tensor | None:
+        """Which tokens (B, T) those from `first` on see, (B, T - first, T) bool; None: all before them."""
+        return None
+
     def _run(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         for block in self.blocks:
             x = run_block(block, x, None, packing, recompute=self.recompute)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sycoca.config import ModelConfig
-from sycoca.layers import Block, run_block
+from sycoca.layers import Block, KeysValues, run_block
 from sycoca.text import EncodedText, TextEncoder, TokenSequence, valid_tokens
 
 
@@ -31,12 +31,14 @@ class PaddedTokenSequence(TokenSequence):
 
 
 class MaskedBlock(Block):
-    """A causal block that can also be told which keys each query sees, (B, N, N) bool."""
+    """A causal block that can also be told which keys each query sees, (B, N, M) bool."""
 
     def forward(self, x: Tensor, past=None, packing=None, visible: Tensor | None = None) -> Tensor:
         if visible is None:
             return super().forward(x, past, packing)
         q, k, v = self.attn._split(self.attn.qkv(self.ln_attn(x)))
+        if past is not None:
+            k, v = past.extend(KeysValues(k, v))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
         x = x + self.attn.out(attended.transpose(1, 2).reshape(x.shape))
         return x + self.mlp(self.ln_mlp(x))
@@ -57,15 +59,21 @@ class PaddedTextEncoder(TextEncoder):
         """States (B, T, D) of tokens (B, T) that may be unfinished; no [CLS]."""
         return self._masked(self.sequence(tokens), tokens)
 
-    def _masked(self, x: Tensor, tokens: Tensor) -> Tensor:
-        N = x.shape[1]
+    def visible(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """Which tokens (B, T) those from `first` on see: (B, T - first, T) bool."""
+        return self._visible(tokens, tokens.shape[1])[:, first:]
+
+    def _visible(self, tokens: Tensor, N: int) -> Tensor:
         seen = tokens != self.config.pad_id
         always = seen.new_ones(len(seen), 1)
         seen = torch.cat([always, seen] if self.shifted else [seen, always], dim=1)[:, :N]
-        visible = torch.ones(N, N, dtype=torch.bool, device=x.device).tril() & seen[:, None]
+        visible = torch.ones(N, N, dtype=torch.bool, device=tokens.device).tril() & seen[:, None]
         # A query that sees nothing would become NaN.
         blind = ~visible.any(2, keepdim=True)
-        visible = visible | (blind & torch.eye(N, dtype=torch.bool, device=x.device))
+        return visible | (blind & torch.eye(N, dtype=torch.bool, device=tokens.device))
+
+    def _masked(self, x: Tensor, tokens: Tensor) -> Tensor:
+        visible = self._visible(tokens, x.shape[1])
         for block in self.blocks:
             x = run_block(block, x, None, None, visible, recompute=self.recompute)
         return x

@@ -47,11 +47,11 @@ def word_maps(
     kind, weights = "score", None
     if scored and config.masking.score_space != "value":
         weights = model.token_scores(image, text).transpose(1, 2)  # (B, T, P)
-    elif model.caption_decoder is not None:
+    elif model.caption_decoder is not None and config.vision.pooler == "cls":
         kind, weights = "attention", caption_attention(model.caption_decoder, text.words, image.patches)
     rows, cols = config.vision.grid
-    # Patches that were pooled before the captioner have no place in the image.
-    if weights is None or weights.shape[2] != rows * cols:
+    # What was pooled before the captioner has no place in the image.
+    if weights is None:
         return None
     weights = weights.float().cpu().unflatten(2, (rows, cols)).numpy()
     # A token is written by the one before it.

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sycoca.cache import Cached, Recomputed
 from sycoca.model import SyCoCa
 from sycoca.openclip import from_openclip, openclip_config, to_openclip
+from sycoca.visualize_words import word_maps
 from sycoca.weights import WeightsError, load_into
 from tests.sycoca.open_clip_models import coca_class, randomised
 
@@ -119,6 +121,21 @@ def test_named_models(name):
     assert_equal_outputs(theirs, ours)
     back, state = to_openclip(ours.state_dict(), ours.config), theirs.state_dict()
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("correct", [False, True], ids=["released mask", "corrected mask"])
+def test_the_cache_sees_what_the_model_sees(correct):
+    """Padding's id is a word of CLIP's, which the text encoder does not see wherever it stands."""
+    _, ours = pair(small(True, width=192), correct)
+    images = ours.encode_image(torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(2)))
+    tokens = torch.tensor([[49406, 320, 0, 1125, 539, 0, 7], [49406, 0, 0, 5, 0, 9, 11]])
+    cached, anew = Cached(ours, images, 10), Recomputed(ours, images, 10)
+    with torch.no_grad():
+        for part in (tokens[:, :3], *tokens[:, 3:].repeat_interleave(2, dim=0).split(1, dim=1)):
+            torch.testing.assert_close(cached.advance(part), anew.advance(part), rtol=0, atol=1e-5)
+            for session in (cached, anew):
+                session.select(torch.tensor([0, 0, 1, 1] if len(part) == 2 else [1, 0, 3, 2]))
+    assert word_maps(ours, None, images, ours.encode_text(tokens), ["a"] * 2, scored=False) is None
 
 
 def test_what_has_no_place_here_is_named():
