@@ -20,7 +20,7 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, allow_pickle: b
     Args:
         run_dir: folder of a run.
         out: folder, made where missing.
-        step: of the checkpoint; the newest where None.
+        step: of the checkpoint; the newest sound one where None.
         allow_pickle: read checkpoints that hold other Python objects than DeepSpeed's own; these can run any code.
 
     Returns:
@@ -28,7 +28,6 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, allow_pickle: b
 
     Raises:
         ConfigError: no run, or no such checkpoint, or a damaged one.
-        CheckpointError: every checkpoint is damaged.
         WeightsError: a checkpoint that cannot be read, or is of another architecture.
     """
     config = read_run_config(run_dir).config.model
@@ -36,12 +35,11 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, allow_pickle: b
     if not steps:
         raise ConfigError(f"{run_dir}: holds no checkpoint")
     if step is None:
-        from train.checkpoints import newest_sound
-
-        step = newest_sound(run_dir).step
+        # Without a sound one the newest says what is wrong with it.
+        step = next((known for known in reversed(steps) if not faults(_folder(run_dir, known))), steps[-1])
     if step not in steps:
         raise ConfigError(f"--step {step}: {run_dir} holds checkpoints of the steps {', '.join(map(str, steps))}")
-    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    folder = _folder(run_dir, step)
     if found := faults(folder):
         raise ConfigError(f"{folder} is damaged: {found[0]}")
 
@@ -51,6 +49,10 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, allow_pickle: b
     state = consolidated(folder, allow_pickle=allow_pickle)
     build(state, config, tokenizer, source=str(folder)).save_pretrained(out)
     return step
+
+
+def _folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
 def consolidated(folder: Path, *, allow_pickle: bool = False) -> dict:
