@@ -22,20 +22,12 @@ def final_weights(run_dir):
     return {f"{i}.{name}": tensor for i, state in enumerate(states) for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize(
-    ("launcher", "stage", "source"),
-    [
-        ("python", 1, "scenes?count=20"),
-        ("python", 3, "scenes"),
-        ("deepspeed --num_gpus 2", 2, "scenes?count=40&fresh=false"),
-    ],
-)
-def test_resumed_losses_are_those_of_the_uninterrupted_run(command, tmp_path, launcher, stage, source):
+def test_resumed_losses_are_those_of_the_uninterrupted_run(command, tmp_path):
     import torch
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    launcher = launcher.replace("deepspeed", f"deepspeed --master_port {free_port()}")
-    base = f"{launcher} train/pretrain.py --config ds_zero{stage}.json"
+    source = "scenes?count=40&fresh=false"
+    base = f"deepspeed --master_port {free_port()} --num_gpus 2 train/pretrain.py --config ds_zero2.json"
     done = command(f"{base} --data '{source}' --run-dir {whole} {SIZES}")
     assert done.code == 0, done.err[-3000:]
     shutil.copytree(whole, broken)

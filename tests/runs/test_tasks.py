@@ -58,14 +58,13 @@ def test_zero_shot_and_a_tuned_classifier_are_judged_again(command, checkout, pr
     done = command(f"python train/evaluate.py zeroshot --model {pretrained} --out {checkout}/runs/judged limit=500")
     assert done.code == 0, done.err[-3000:]
     found = json.loads((checkout / "runs" / "judged" / "zeroshot-scenes-val.json").read_text())
-    assert found["results"]["top-1"] > found["results"]["chance"]
     tuned = checkout / "runs" / "tuned-classification"
     done = command(f"python train/evaluate.py classification --model {tuned} limit=500")
     spent.append(time.perf_counter() - started)
     assert done.code == 0, done.err[-3000:]
     again = json.loads((tuned / "classification-scenes-val.json").read_text())["results"]
     before = json.loads((tuned / "after.json").read_text())["results"]
-    assert again["top-1"] == before["top-1"]
+    assert again["top-1"] == before["top-1"] > found["results"]["top-1"]
 
 
 def test_all_of_it_stays_within_its_time(spent):
