@@ -29,10 +29,13 @@ SHAPE = (*"BPKTDHV", "preset", "beams", "tokens")
 def table(measured: Iterable[Row]) -> str:
     """Markdown table of the newest row of each case, shape and machine."""
     newest = {_key(row): row for row in map(_uniform, measured) if "p50_ms" in row}
-    order = sorted(
-        newest.values(), key=lambda r: (r["machine"], r["operator"], *_shape(r), r.get("dtype", ""), r["p50_ms"])
-    )
-    return _markdown(COLUMNS, map(_cells, order))
+    return _markdown(COLUMNS, map(_cells, sorted(newest.values(), key=_place)))
+
+
+def _place(row: Row) -> tuple:
+    # Shapes of one operator may name a preset or a size.
+    shape = tuple((isinstance(value, str), value) for value in _shape(row))
+    return row["machine"], row["operator"], shape, row.get("dtype", ""), row["p50_ms"]
 
 
 def unmeasured(measured: Iterable[Row]) -> str:

@@ -48,10 +48,10 @@ def status_kib(field):
 @pytest.mark.usefixtures("warm_operators")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_quadratic_is_held(dtype):
-    B, D = 8192, 16
+    B, D = 16384, 16
     logits_mib = B * B * 4 / MIB
     # Pages of libraries that the kernel had reclaimed come back during the step; that can only add.
-    assert min(peak_mib(B, D, dtype) for _ in range(3)) < logits_mib / 8
+    assert min(peak_mib(B, D, dtype) for _ in range(3)) < logits_mib / 16
 
 
 @pytest.mark.full
