@@ -14,9 +14,9 @@ import torch
 from bench import rows
 from bench.measure import interleaved
 from sycoca.cache import Cached, Recomputed
-from sycoca.config import MODEL_PRESETS
 from sycoca.generate import Generated, generate_tokens
 from sycoca.model import SyCoCa
+from sycoca.presets import MODEL_PRESETS
 
 TOKENS = 64
 SESSIONS = {"cached": Cached, "recomputed": Recomputed}

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from bench import rows
-from sycoca.config import MODEL_PRESETS
 from sycoca.images import normalise, random_image
+from sycoca.presets import MODEL_PRESETS
 from sycoca.tokenizer import Tokenizer
 from train.config import PRESETS
 from train.data import DataError, batches, open_dataset

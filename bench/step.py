@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench import rows
-from sycoca.config import MODEL_PRESETS
+from sycoca.presets import MODEL_PRESETS
 from sycoca.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -61,8 +61,8 @@ def our_step(options, tokens, device):
     """Forward, backward, clipping and optimizer of SyCoCa, or of CoCa of the same size."""
     import torch
 
-    from sycoca.config import MODEL_PRESETS
     from sycoca.model import Batch, StepPlan, SyCoCa, parameter_groups
+    from sycoca.presets import MODEL_PRESETS
     from train.config import PRESETS
     from train.optim import build_optimizer
 
@@ -95,7 +95,7 @@ def open_clip_step(options, tokens, device):
     """The same of open_clip's CoCa with our sizes, our optimizer and its own loss; its decoder sees every patch."""
     import torch
 
-    from sycoca.config import MODEL_PRESETS
+    from sycoca.presets import MODEL_PRESETS
 
     # Its package imports torchvision, which has no build for every torch; the model itself needs one unused name.
     package = types.ModuleType("open_clip")

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sycoca.config import MODEL_PRESETS, ModelConfig
+from sycoca.config import ModelConfig
 from sycoca.model import Batch, StepPlan, SyCoCa
+from sycoca.presets import MODEL_PRESETS
 
 BATCH = 32
 

@@ -6,8 +6,8 @@ from importlib import import_module
 _HOME = {
     "ConfigError": "config",
     "ModelConfig": "config",
-    "MODEL_PRESETS": "config",
-    "PRESET_PARAMETERS": "config",
+    "MODEL_PRESETS": "presets",
+    "PRESET_PARAMETERS": "presets",
     "Batch": "model",
     "Losses": "model",
     "StepPlan": "masking",

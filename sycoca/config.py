@@ -1,29 +1,32 @@
 """Configuration of the models: frozen dataclasses, and the presets."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from sycoca.checked import ConfigError, Strict, from_dict, known_keys, nearest, to_dict
 
 __all__ = [
+    "CLIP_IDS",
     "CaptionDecoderConfig",
     "ConfigError",
     "ImageDecoderConfig",
+    "FusionConfig",
     "LossConfig",
-    "MODEL_PRESETS",
     "MaskingConfig",
     "ModelConfig",
     "OBJECTIVES",
-    "PRESET_PARAMETERS",
     "TextConfig",
     "VisionConfig",
+    "WordMaskingConfig",
     "from_dict",
     "known_keys",
     "nearest",
     "to_dict",
 ]
-OBJECTIVES = ("itc", "ic", "tgmim")
+CLIP_IDS = {"pad_id": 0, "sot_id": 49406, "eot_id": 49407}
+OBJECTIVES = ("itc", "ic", "tgmim", "itm", "mlm", "bbox")
+_FUSED = ("itm", "mlm", "bbox")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -49,6 +52,9 @@ class VisionConfig(Strict):
         pooler: what stands for the image and what captioning attends to; see `sycoca.poolers`.
         pooler_queries: of the poolers for captioning.
         pooler_heads: of every pooler, over the width of the shared space.
+        region_form: how a box of an image is encoded. `local`: the last `local_depth` blocks attend within the box;
+            `pooled`: the mean of the patches in it, which then stands for whole images too.
+        local_depth: blocks that attend within the box.
     """
 
     image_size: int
@@ -61,9 +67,11 @@ class VisionConfig(Strict):
     pooler: Literal["cls", "single", "parallel", "cascade"] = "cls"
     pooler_queries: int = 256
     pooler_heads: int = 8
+    region_form: Literal["local", "pooled"] = "local"
+    local_depth: int = 4
 
     def __post_init__(self) -> None:
-        _positive(self, "image_size", "patch_size", "width", "depth", "mlp_ratio", "pooler_heads")
+        _positive(self, "image_size", "patch_size", "width", "depth", "mlp_ratio", "pooler_heads", "local_depth")
         _require(self.pooler_queries >= 2, f"pooler_queries: must be at least 2, got {self.pooler_queries}")
         _heads(self.width, self.heads)
         _require(
@@ -89,10 +97,14 @@ class VisionConfig(Strict):
 
 @dataclass(frozen=True)
 class TextConfig(Strict):
-    """Causal text encoder; `context_length` is T, the [CLS] not counted.
+    """Text encoder; `context_length` is T.
 
     Attributes:
-        cls_place: where [CLS] stands; see `sycoca.text`.
+        kind: `causal`: [SOT] words [EOT], and [CLS] behind them, which T does not count;
+            `bidirectional`: [CLS] words, the id of [CLS] being `sot_id`.
+        cls_place: where [CLS] stands in a causal encoder; see `sycoca.text`.
+        mask_id: of [MASK], for masked words.
+        sep: whether [SEP], whose id is `eot_id`, ends the words of a bidirectional encoder.
     """
 
     context_length: int
@@ -105,6 +117,9 @@ class TextConfig(Strict):
     sot_id: int = 1
     eot_id: int = 2
     cls_place: Literal["behind_caption", "last", "last_shifted"] = "behind_caption"
+    kind: Literal["causal", "bidirectional"] = "causal"
+    mask_id: int | None = None
+    sep: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "width", "depth", "mlp_ratio")
@@ -112,9 +127,10 @@ class TextConfig(Strict):
         _require(self.context_length >= 2, f"context_length: at least [SOT] and [EOT], got {self.context_length}")
         special = (self.pad_id, self.sot_id, self.eot_id)
         _require(len(set(special)) == 3, f"pad_id, sot_id, eot_id: must differ, got {special}")
-        for name in ("pad_id", "sot_id", "eot_id"):
+        for name in ("pad_id", "sot_id", "eot_id", "mask_id"):
             value = getattr(self, name)
-            _require(0 <= value < self.vocab_size, f"{name}: {value} is outside the vocabulary of {self.vocab_size}")
+            inside = value is None or 0 <= value < self.vocab_size
+            _require(inside, f"{name}: {value} is outside the vocabulary of {self.vocab_size}")
 
 
 @dataclass(frozen=True)
@@ -141,6 +157,38 @@ class ImageDecoderConfig(Strict):
     def __post_init__(self) -> None:
         _positive(self, "depth", "width", "mlp_ratio")
         _heads(self.width, self.heads)
+
+
+@dataclass(frozen=True)
+class FusionConfig(Strict):
+    """Fusion encoder of X-VLM: text that attends to an image or a box of it, as wide as the text encoder."""
+
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "depth", "heads", "mlp_ratio")
+
+
+@dataclass(frozen=True)
+class WordMaskingConfig(Strict):
+    """Which words masked language modelling hides.
+
+    Attributes:
+        share: of the tokens, 0..1; at least one token of a text is hidden.
+        most: tokens of a text that are hidden at most.
+        ngram_prob: chance of a word to be hidden together with the next one or two, 0..1.
+    """
+
+    share: float = 0.25
+    most: int = 8
+    ngram_prob: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("share", "ngram_prob"):
+            _require(0 <= getattr(self, name) <= 1, f"{name}: must lie in 0..1, got {getattr(self, name)}")
+        _positive(self, "most")
 
 
 @dataclass(frozen=True)
@@ -187,6 +235,8 @@ class LossConfig(Strict):
         tgmim_kind: error of `kernels.masked_patch_loss`.
         label_smoothing: of the contrastive loss, 0..1.
         caption_label_smoothing: of the captioning loss, 0..1.
+        l1_weight, giou_weight: of the two terms of `bbox`.
+        region_weight: of all terms of a region batch, beside those of the image batch.
     """
 
     itc_weight: float = 1.0
@@ -196,9 +246,14 @@ class LossConfig(Strict):
     tgmim_kind: Literal["l1", "mse", "mse_normalised"] = "l1"
     label_smoothing: float = 0.0
     caption_label_smoothing: float = 0.0
+    itm_weight: float = 1.0
+    mlm_weight: float = 1.0
+    l1_weight: float = 1.0
+    giou_weight: float = 1.0
+    region_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("itc_weight", "caption_weight", "tgmim_weight", "local_weight"):
+        for name in (field.name for field in fields(self) if field.name.endswith("_weight")):
             value = getattr(self, name)
             _require(value is None or 0 <= value < math.inf, f"{name}: must be at least 0, got {value}")
         for name in ("label_smoothing", "caption_label_smoothing"):
@@ -207,7 +262,10 @@ class LossConfig(Strict):
 
 @dataclass(frozen=True)
 class ModelConfig(Strict):
-    """A whole model. `logit_scale_init` and `logit_scale_max` are the scale itself, not its logarithm.
+    """A whole model. With `fusion` it is X-VLM's, with boxes of images beside whole ones; see `sycoca.xvlm`.
+
+    What no objective needs is not built. `logit_scale_init` and `logit_scale_max` are the scale itself, not its
+    logarithm.
 
     `gradient_checkpointing` computes whole blocks again in backward, `selective_checkpointing` all but their matrix
     products and attention.
@@ -220,7 +278,9 @@ class ModelConfig(Strict):
     image_decoder: ImageDecoderConfig
     masking: MaskingConfig = MaskingConfig()
     loss: LossConfig = LossConfig()
-    objectives: tuple[str, ...] = OBJECTIVES
+    fusion: FusionConfig | None = None
+    words: WordMaskingConfig = WordMaskingConfig()
+    objectives: tuple[str, ...] = ("itc", "ic", "tgmim")
     logit_scale_init: float = 1 / 0.07
     logit_scale_max: float = 100.0
     gradient_checkpointing: bool = False
@@ -236,6 +296,7 @@ class ModelConfig(Strict):
             known = ", ".join(OBJECTIVES)
             _require(name in OBJECTIVES, f"objectives: '{name}' is none of {known}{nearest(name, OBJECTIVES)}")
         _require(len(set(self.objectives)) == len(self.objectives), "objectives: each may be named once")
+        self._check_xvlm()
         rows, cols = self.vision.grid
         block = self.masking.block
         _require(
@@ -252,10 +313,39 @@ class ModelConfig(Strict):
                 reason = f"masking.score_space: '{space}' is trained by the objective 'itc', which is off"
                 _require(self.learns("itc"), reason)
 
+    def _check_xvlm(self) -> None:
+        text, vision = self.text, self.vision
+        for name in self.objectives:
+            if name in _FUSED:
+                _require(
+                    self.fusion is not None, f"objectives: '{name}' needs the fusion encoder; model.fusion is none"
+                )
+            elif name in ("ic", "tgmim"):
+                reason = "predicts the next word" if name == "ic" else "reads the words as captioning does"
+                _require(text.kind == "causal", f"objectives: '{name}' {reason}, which needs text.kind 'causal'")
+        if "mlm" in self.objectives:
+            reason = "'mlm' fills in words from both sides"
+            _require(text.kind == "bidirectional", f"objectives: {reason}, which needs text.kind 'bidirectional'")
+            _require(text.mask_id is not None, f"text.mask_id: {reason}, needs the id of [MASK]")
+        if self.fusion is None:
+            _require(vision.region_form == "local", "vision.region_form: 'pooled' needs the model.fusion of X-VLM")
+            return
+        _heads(text.width, self.fusion.heads)
+        pooler = f"vision.pooler: '{vision.pooler}' mixes the patches of a whole image, model.fusion has boxes of it"
+        _require(vision.pooler == "cls", pooler)
+        deep = f"vision.local_depth: {vision.local_depth} of {vision.depth} blocks"
+        _require(vision.region_form == "pooled" or vision.local_depth <= vision.depth, deep)
+
     def learns(self, objective: str) -> bool:
         """Whether an objective is named and weighs more than nothing."""
-        weight = {"itc": "itc_weight", "ic": "caption_weight", "tgmim": "tgmim_weight"}[objective]
-        return objective in self.objectives and getattr(self.loss, weight) > 0
+        weights = {"ic": ("caption_weight",), "bbox": ("l1_weight", "giou_weight")}
+        names = weights.get(objective, (f"{objective}_weight",))
+        return objective in self.objectives and any(getattr(self.loss, name) > 0 for name in names)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether an objective needs the fusion encoder."""
+        return any(self.learns(name) for name in _FUSED)
 
     @property
     def memory_width(self) -> int:
@@ -294,58 +384,3 @@ class ModelConfig(Strict):
     def _whole_blocks(self, ratio: float) -> int:
         area = self.masking.block**2
         return int(ratio * self.vision.num_patches) // area * area
-
-
-CLIP_IDS = {"pad_id": 0, "sot_id": 49406, "eot_id": 49407}
-_OURS = MaskingConfig(score_space="local", ic_mask_prob=0.5, attentive_start=0.3, masked_input="drop")
-
-MODEL_PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(
-        embed_dim=128,
-        vision=VisionConfig(image_size=48, patch_size=8, width=96, depth=4, heads=4),
-        text=TextConfig(context_length=28, vocab_size=512, width=96, depth=2, heads=4),
-        caption_decoder=CaptionDecoderConfig(depth=1, heads=4),
-        image_decoder=ImageDecoderConfig(depth=1, width=128, heads=4),
-        masking=_OURS,
-    ),
-    "small": ModelConfig(
-        embed_dim=256,
-        vision=VisionConfig(image_size=128, patch_size=16, width=256, depth=6, heads=4),
-        text=TextConfig(context_length=32, vocab_size=4096, width=256, depth=4, heads=4),
-        caption_decoder=CaptionDecoderConfig(depth=3, heads=4),
-        image_decoder=ImageDecoderConfig(depth=2, width=256, heads=4),
-        masking=_OURS,
-    ),
-    "base_16": ModelConfig(
-        embed_dim=512,
-        vision=VisionConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12),
-        text=TextConfig(context_length=76, vocab_size=49408, width=512, depth=12, heads=8, **CLIP_IDS),
-        caption_decoder=CaptionDecoderConfig(depth=12, heads=8),
-        image_decoder=ImageDecoderConfig(depth=4, width=512, heads=8),
-        masking=_OURS,
-    ),
-    "coca_base": ModelConfig(
-        embed_dim=512,
-        vision=VisionConfig(image_size=288, patch_size=18, width=768, depth=12, heads=12),
-        text=TextConfig(context_length=76, vocab_size=64000, width=768, depth=12, heads=12, **CLIP_IDS),
-        caption_decoder=CaptionDecoderConfig(depth=12, heads=12),
-        image_decoder=ImageDecoderConfig(depth=4, width=768, heads=12),
-    ),
-    "large_14": ModelConfig(
-        embed_dim=768,
-        vision=VisionConfig(image_size=224, patch_size=14, width=1024, depth=24, heads=16),
-        text=TextConfig(context_length=76, vocab_size=49408, width=768, depth=12, heads=12, **CLIP_IDS),
-        caption_decoder=CaptionDecoderConfig(depth=12, heads=12),
-        image_decoder=ImageDecoderConfig(depth=4, width=768, heads=12),
-        masking=_OURS,
-    ),
-}
-
-# Parameters of each preset, and of it without image decoder and score heads.
-PRESET_PARAMETERS: dict[str, tuple[int, int]] = {
-    "tiny": (1354562, 1043329),
-    "small": (17511170, 15089665),
-    "base_16": (271532034, 253739265),
-    "coca_base": (479686093, 440336641),
-    "large_14": (679782222, 640414465),
-}

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from sycoca.checked import from_dict, nearest, to_dict
-from sycoca.config import MODEL_PRESETS, ConfigError, ModelConfig
+from sycoca.config import ConfigError, ModelConfig
 from sycoca.hub_mixin import (
     CONFIG,
     PREPROCESSING,
@@ -23,6 +23,7 @@ from sycoca.hub_mixin import (
 )
 from sycoca.model import SyCoCa
 from sycoca.openclip_files import OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, SUFFIXES, read_openclip
+from sycoca.presets import MODEL_PRESETS
 from sycoca.tokenizer import Tokenizer
 from sycoca.weights import WeightsError, load_into, read_weights, resize_positions
 

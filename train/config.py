@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
-from sycoca.config import MODEL_PRESETS, ConfigError, ModelConfig, nearest
+from sycoca.config import ConfigError, ModelConfig, nearest
+from sycoca.presets import MODEL_PRESETS
 
 
 class Section:

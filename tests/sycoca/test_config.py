@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from sycoca.config import (
-    MODEL_PRESETS,
-    PRESET_PARAMETERS,
     ConfigError,
     LossConfig,
     MaskingConfig,
@@ -19,6 +17,7 @@ from sycoca.config import (
     to_dict,
 )
 from sycoca.model import SyCoCa
+from sycoca.presets import MODEL_PRESETS, PRESET_PARAMETERS
 
 
 def changed(path: str, value) -> dict:
@@ -55,10 +54,19 @@ def test_round_trip(name):
         ("loss.label_smoothing", float("nan"), "loss.label_smoothing: input should be a finite number"),
         ("loss.itc_weight", float("inf"), "loss.itc_weight: input should be a finite number"),
         ("loss.local_weight", 0.0, "loss.local_weight: 0 leaves the heads"),
-        ("objectives", ["itc", "icc"], "objectives: 'icc' is none of itc, ic, tgmim; did you mean 'ic'?"),
+        ("objectives", ["itc", "icc"], "objectives: 'icc' is none of itc, ic, tgmim, itm, mlm, bbox; did you mean '"),
         ("objectives", ["itc", "itc"], "objectives: each may be named once"),
         ("objectives", [], "objectives: name at least one"),
         ("embed_dim", 0, "embed_dim: must be positive"),
+        ("objectives", ["itc", "itm"], "objectives: 'itm' needs model.fusion, the fusion encoder"),
+        ("text.kind", "bidirectional", "objectives: 'ic' predicts the next word, which needs text.kind 'causal'"),
+        ("text.kind", "bidirektional", "text.kind: 'bidirektional' is none of causal, bidirectional; did you mean"),
+        ("text.mask_id", 512, "text.mask_id: 512 is outside the vocabulary"),
+        ("fusion", {"depth": 1, "heads": 5}, "heads: 5 does not divide the width"),
+        ("vision.local_depth", 0, "vision.local_depth: must be positive"),
+        ("fusion", {"dept": 1, "heads": 4}, "fusion.dept: unknown key; did you mean 'depth'?"),
+        ("vision.region_form", "pooled", "vision.region_form: 'pooled' needs the model.fusion of X-VLM"),
+        ("words.share", 1.5, "words.share: must lie in 0..1"),
         ("vision", 3, "vision: input should be an object"),
     ],
 )

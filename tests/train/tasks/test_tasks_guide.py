@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sycoca.config import MODEL_PRESETS, to_dict
+from sycoca.config import to_dict
+from sycoca.presets import MODEL_PRESETS
 from train import evaluate
 from train.tasks import launch
 from train.tasks.class_names import CLASSES

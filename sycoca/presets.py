@@ -1,0 +1,63 @@
+"""The presets of the models, and how many parameters they have."""
+
+from sycoca.config import (
+    CLIP_IDS,
+    CaptionDecoderConfig,
+    ImageDecoderConfig,
+    MaskingConfig,
+    ModelConfig,
+    TextConfig,
+    VisionConfig,
+)
+
+_OURS = MaskingConfig(score_space="local", ic_mask_prob=0.5, attentive_start=0.3, masked_input="drop")
+MODEL_PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(
+        embed_dim=128,
+        vision=VisionConfig(image_size=48, patch_size=8, width=96, depth=4, heads=4),
+        text=TextConfig(context_length=28, vocab_size=512, width=96, depth=2, heads=4),
+        caption_decoder=CaptionDecoderConfig(depth=1, heads=4),
+        image_decoder=ImageDecoderConfig(depth=1, width=128, heads=4),
+        masking=_OURS,
+    ),
+    "small": ModelConfig(
+        embed_dim=256,
+        vision=VisionConfig(image_size=128, patch_size=16, width=256, depth=6, heads=4),
+        text=TextConfig(context_length=32, vocab_size=4096, width=256, depth=4, heads=4),
+        caption_decoder=CaptionDecoderConfig(depth=3, heads=4),
+        image_decoder=ImageDecoderConfig(depth=2, width=256, heads=4),
+        masking=_OURS,
+    ),
+    "base_16": ModelConfig(
+        embed_dim=512,
+        vision=VisionConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12),
+        text=TextConfig(context_length=76, vocab_size=49408, width=512, depth=12, heads=8, **CLIP_IDS),
+        caption_decoder=CaptionDecoderConfig(depth=12, heads=8),
+        image_decoder=ImageDecoderConfig(depth=4, width=512, heads=8),
+        masking=_OURS,
+    ),
+    "coca_base": ModelConfig(
+        embed_dim=512,
+        vision=VisionConfig(image_size=288, patch_size=18, width=768, depth=12, heads=12),
+        text=TextConfig(context_length=76, vocab_size=64000, width=768, depth=12, heads=12, **CLIP_IDS),
+        caption_decoder=CaptionDecoderConfig(depth=12, heads=12),
+        image_decoder=ImageDecoderConfig(depth=4, width=768, heads=12),
+    ),
+    "large_14": ModelConfig(
+        embed_dim=768,
+        vision=VisionConfig(image_size=224, patch_size=14, width=1024, depth=24, heads=16),
+        text=TextConfig(context_length=76, vocab_size=49408, width=768, depth=12, heads=12, **CLIP_IDS),
+        caption_decoder=CaptionDecoderConfig(depth=12, heads=12),
+        image_decoder=ImageDecoderConfig(depth=4, width=768, heads=12),
+        masking=_OURS,
+    ),
+}
+
+# Parameters of each preset, and of it without image decoder and score heads.
+PRESET_PARAMETERS: dict[str, tuple[int, int]] = {
+    "tiny": (1354562, 1043329),
+    "small": (17511170, 15089665),
+    "base_16": (271532034, 253739265),
+    "coca_base": (479686093, 440336641),
+    "large_14": (679782222, 640414465),
+}
