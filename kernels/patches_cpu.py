@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 # fp32 values of a block of 16-bit rows: scratch that the next operator finds in the cache
-BLOCK_VALUES = 1024 * 1024
+BLOCK_VALUES = 512 * 1024
 # samples that one bag adds up in turn; their totals are added pairwise
 BAG_SAMPLES = 128
 
@@ -126,7 +126,8 @@ def _gather_rounded(y: Tensor, table: Tensor, places: Tensor, pos: Tensor, index
     dtype = _sum_dtype(y)
     for samples in _blocks(B, K * D):
         rows = pos.index_select(0, index[samples].reshape(-1)).to(dtype)
-        rows += table.index_select(0, places[samples].reshape(-1)).to(dtype)
+        # 16-bit rows are widened as they are added
+        rows += table.index_select(0, places[samples].reshape(-1))
         y[samples] = rows.view(-1, K, D)
 
 
