@@ -129,6 +129,12 @@ class TrainConfig(Section):
         # What torch seeds with is 64 bits wide.
         require(0 <= self.seed < 2**63, f"seed: {self.seed}, needs to be in 0..2**63, 2**63 excluded")
 
+    def total_steps(self, samples: int, world: int) -> int:
+        """Optimizer steps of a run over a source of so many samples on so many ranks; 0 where they make none."""
+        if self.steps is not None:
+            return self.steps
+        return int(self.epochs * (samples // (self.micro_batch * world) // self.accumulation))
+
 
 @dataclass(frozen=True)
 class RunConfig(Section):
@@ -141,6 +147,15 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     init: str | None = None
+
+
+def require_batch(train: TrainConfig, source: str, samples: int, world: int) -> None:
+    """Raises ConfigError where the training source does not fill a single batch."""
+    require(
+        samples >= train.micro_batch * world,
+        f"data.train={source}: {samples} samples do not fill a batch of train.micro_batch {train.micro_batch} "
+        f"x {world} rank(s)",
+    )
 
 
 PRESETS: dict[str, RunConfig] = {

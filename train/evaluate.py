@@ -16,8 +16,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from sycoca.config import ConfigError, to_dict
+from train.command_line import Parser, apply_overrides, split_overrides
 from train.hardware import has_cuda
-from train.launch import Parser, apply_overrides, split_overrides
 from train.run_folder import check_writable
 from train.tasks.class_names import class_names, templates
 from train.tasks.facts import model_folder, model_settings, task_facts

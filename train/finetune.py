@@ -67,8 +67,7 @@ def finetune(tuning: Tuning) -> None:
     if chosen:
         load_checkpoint(engine, run_dir, first_step)
 
-    per_epoch = len(tuning.train) // (train.micro_batch * world)
-    steps = train.steps or max(1, int(train.epochs * (per_epoch // train.accumulation)))
+    steps = max(1, train.total_steps(len(tuning.train), world))
     log = RunLog(
         run_dir,
         losses=objective.names,

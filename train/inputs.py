@@ -12,7 +12,7 @@ from torch import Tensor
 from sycoca.config import ConfigError
 from sycoca.model import Batch
 from sycoca.tokenizer import Tokenizer
-from train.data import DataError, Source, batches, open_dataset
+from train.data import DataError, Source, batches
 from train.durable import write_atomically
 from train.exits import StopRun
 from train.health import Place
@@ -136,29 +136,12 @@ def hold_run_dir(run_dir: Path) -> Hold | None:
 
 
 def open_inputs(launch: Launch, *, rank: int, world: int) -> Inputs:
-    """Opens the sources, makes the run's folder and its tokenizer. All ranks call it.
+    """Writes the configuration into the run's folder and makes its tokenizer. All ranks call it.
 
     Raises:
-        ConfigError: the losses would depend on the number of ranks.
-        DataError: a source holds too little, or its tokenizer does not fit the model.
+        DataError: the tokenizer cannot be made, or does not fit the model.
     """
-    config = launch.config
-    size_of_group, micro_batch = config.model.masking.local_group, config.train.micro_batch
-    if world > 1 and config.model.local_weight > 0 and micro_batch % size_of_group:
-        raise ConfigError(
-            f"model.masking.local_group {size_of_group} does not divide train.micro_batch {micro_batch}: {world} ranks "
-            "would contrast other groups than one process does"
-        )
-    size = config.model.vision.image_size
-    apart = config.data.val is not None
-    train = open_dataset(config.data.train, "train", image_size=size, whole=apart)
-    val = open_dataset(config.data.val or config.data.train, "val", image_size=size, whole=apart)
-    global_batch = config.train.micro_batch * world
-    per_epoch = len(train) // global_batch
-    if per_epoch == 0:
-        raise DataError(f"data.train={config.data.train}: {len(train)} samples do not fill a batch of {global_batch}")
-    if len(val) < 2:
-        raise DataError(f"data source {config.data.val or config.data.train}: {len(val)} held-out samples, needs 2")
+    config, train = launch.config, launch.train
     if rank == 0:
         text = json.dumps(effective(launch), indent=2)
         write_atomically(launch.run_dir / "config.json", text + "\n")
@@ -170,8 +153,8 @@ def open_inputs(launch: Launch, *, rank: int, world: int) -> Inputs:
             f"data.tokenizer={config.data.tokenizer}: {tokenizer.vocab_size} entries, special ids {ids}; "
             f"model.text has {wanted.vocab_size}, {(wanted.pad_id, wanted.sot_id, wanted.eot_id)}"
         )
-    steps = config.train.steps or int(config.train.epochs * (per_epoch // config.train.accumulation))
-    return Inputs(train, val, tokenizer, max(1, steps), launch, rank, world, len(train.skipped.samples))
+    steps = max(1, config.train.total_steps(len(train), world))
+    return Inputs(train, launch.val, tokenizer, steps, launch, rank, world, len(train.skipped.samples))
 
 
 def _tokenizer(launch: Launch, train: Source, rank: int) -> Tokenizer:

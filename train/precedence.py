@@ -1,11 +1,12 @@
 """What a DeepSpeed JSON says of batch, precision, optimizer and schedule, against preset and command line."""
 
 import json
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sycoca.config import ConfigError
 from train.config import RunConfig
-from train.deepspeed_json import DeepSpeedJson
+from train.deepspeed_json import OWNED_BY_PRESET, DeepSpeedJson
 
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _AUTOCAST = {"bfloat16": "bf16", "float16": "fp16"}
@@ -140,3 +141,37 @@ def _optimizer(ds: DeepSpeedJson, name: str) -> dict[str, _Said]:
         )
     say("optimizer.lr", "scheduler.params.warmup_max_lr", lr)
     return said
+
+
+def settle(config: Any, overrides: dict[str, Any], has_cuda: bool) -> Any:
+    """The configuration with its precision chosen and one length of the run."""
+    train = config.train
+    if train.precision == "auto":
+        train = replace(train, precision="bf16" if has_cuda else "fp32")
+    if train.steps is not None and train.epochs is not None:
+        if "train.epochs" in overrides and "train.steps" in overrides:
+            raise ConfigError("train.steps and train.epochs are both given; one of them says how long the run is")
+        train = replace(train, steps=None) if "train.epochs" in overrides else replace(train, epochs=None)
+    if train.steps is None and train.epochs is None:
+        raise ConfigError("train.steps and train.epochs are both none; one of them says how long the run is")
+    return replace(config, train=train)
+
+
+def deepspeed_dict(raw: dict, ds: DeepSpeedJson, config: Any, world: int) -> dict[str, Any]:
+    """What DeepSpeed is given: the file's own keys, and batch and precision as they were settled."""
+    result = {key: value for key, value in raw.items() if key not in OWNED_BY_PRESET}
+    train = config.train
+    result["train_micro_batch_size_per_gpu"] = train.micro_batch
+    result["gradient_accumulation_steps"] = train.accumulation
+    result["train_batch_size"] = train.micro_batch * train.accumulation * world
+    result.setdefault("gradient_clipping", ds.gradient_clipping)
+    section = next(
+        (name for name in ("fp16", "bf16") if (s := getattr(ds, name)) is not None and s.enabled is True), None
+    )
+    if section is not None:
+        result[section] = raw[section]
+    elif train.precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[train.precision]
+        given = raw.get("torch_autocast", {})
+        result["torch_autocast"] = {**given, "enabled": True, "dtype": dtype}
+    return result

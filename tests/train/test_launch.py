@@ -56,7 +56,7 @@ def test_json_wins_over_the_preset(launch):
         "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 7, "total_num_steps": 70}},
         "zero_optimization": {"stage": 1, "reduce_bucket_size": 5e8},
     }
-    result = launch(config=config, world=3)
+    result = launch("local_group=1", config=config, world=3)
     assert (result.config.train.micro_batch, result.config.train.accumulation) == (8, 2)
     assert (result.config.optimizer.lr, result.config.optimizer.betas) == (3e-4, (0.9, 0.95))
     assert (result.config.schedule.name, result.config.schedule.warmup_steps) == ("linear", 7)
@@ -70,7 +70,7 @@ def test_json_wins_over_the_preset(launch):
     ("argv", "batch"), [(["micro_batch=16"], (16, 2)), (["accumulation=4"], (8, 4)), ([], (32, 1))]
 )
 def test_the_batch_of_the_json_is_solved_for_what_is_left_open(launch, argv, batch):
-    train = launch(*argv, config={"train_batch_size": 64}, world=2).config.train
+    train = launch("local_group=1", *argv, config={"train_batch_size": 64}, world=2).config.train
     assert (train.micro_batch, train.accumulation) == batch
 
 
@@ -189,7 +189,7 @@ def test_mistakes_are_one_line_that_names_the_key(launch, case):
 @pytest.fixture
 def stopped(launch, tmp_path):
     """The folder of a run that stopped after step 5, its configuration as the run wrote it."""
-    started = launch("--run-dir", "runs/run", "steps=10", "micro_batch=4", world=2)
+    started = launch("--run-dir", "runs/run", "steps=10", "micro_batch=4", "local_group=1", world=2)
     (tmp_path / "runs" / "run" / "checkpoints" / "step_00000005").mkdir(parents=True)
     (tmp_path / "runs" / "run" / "config.json").write_text(json.dumps(effective(started)))
     return tmp_path / "runs" / "run"
@@ -247,10 +247,17 @@ def test_unreadable_folder_is_one_line(launch, tmp_path, option):
 
 
 def test_samples_are_counted_over_all_ranks(launch):
-    argv = ["--data", "scenes?count=40", "micro_batch=20"]
+    argv = ["--data", "scenes?count=40", "micro_batch=20", "local_group=1"]
     assert launch(*argv, world=2).config.train.micro_batch == 20
     with pytest.raises(ConfigError, match="do not fill"):
         launch(*argv, world=3)
+
+
+def test_groups_of_the_local_term_are_those_of_one_process(launch):
+    assert launch("micro_batch=16").config.model.masking.local_group == 32
+    with pytest.raises(ConfigError, match=r"local_group 32 does not divide train\.micro_batch 16: 2 ranks"):
+        launch("micro_batch=16", world=2)
+    assert launch("micro_batch=16", "local_weight=0", world=2).config.model.local_weight == 0
 
 
 def test_table_without_enough_held_out_samples_is_refused(launch, tmp_path):

@@ -12,9 +12,10 @@ from sycoca.config import ConfigError
 from sycoca.masking import step_plan
 from sycoca.model import Batch, SyCoCa
 from sycoca.tokenizer import Tokenizer
+from train.command_line import apply_overrides
 from train.config import PRESETS
 from train.data import batches, open_dataset
-from train.launch import apply_overrides, parse
+from train.launch import parse
 from train.recipe import chosen, read, recipes
 
 SCRIPT = Path(__file__).parents[2] / "train" / "pretrain.py"

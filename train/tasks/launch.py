@@ -13,10 +13,11 @@ from typing import Any
 
 from sycoca.config import ConfigError, to_dict
 from train import deepspeed_json
-from train.config import OptimizerConfig, ScheduleConfig, Section, TrainConfig
-from train.data import DataError, Source
-from train.launch import Parser, apply_overrides, check_world, deepspeed_dict, leaves, settle, split_overrides
-from train.precedence import taken_over
+from train.command_line import Parser, apply_overrides, split_overrides
+from train.config import OptimizerConfig, ScheduleConfig, Section, TrainConfig, require_batch
+from train.data import Source
+from train.precedence import deepspeed_dict, settle, taken_over
+from train.resuming import check_end, check_resumed, check_world
 from train.run_folder import check_writable, checkpoint_steps, free_run_dir, read_run_config, resume_dir
 from train.tasks.class_names import class_names, templates
 from train.tasks.facts import model_folder, model_settings
@@ -174,11 +175,14 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Tuning:
         raise ConfigError(
             f"scst=true writes captions while it trains, which ZeRO stage 3 ({ds_path.name}) does not allow"
         )
+    newest = 0
     if args.resume:
-        _check_resumed(before, config, run_dir)
+        check_resumed(before, config, lambda key: key not in _LENGTH)
+        newest = checkpoint_steps(run_dir)[-1]
     else:
         run_dir = free_run_dir(args.run_dir, f"{args.task}{'-scst' if config.options.scst else ''}")
     train, val = _open(config, world)
+    check_end(config, config.train.total_steps(len(train), world), newest)
     check_writable(run_dir)
     tuning = Tuning(config, deepspeed_dict(ds_raw, ds, config, world), run_dir, args.resume, train, val)
     if args.print_config:
@@ -186,16 +190,6 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Tuning:
             print(json.dumps(tuning.effective(), indent=2))
         sys.exit(0)
     return tuning
-
-
-def _check_resumed(before: FinetuneConfig, after: FinetuneConfig, run_dir: Path) -> None:
-    old = leaves(before)
-    for key, value in leaves(after).items():
-        if value != old[key] and key not in _LENGTH:
-            raise ConfigError(f"--resume: {key} is {old[key]} in the run and cannot become {value}")
-    newest = checkpoint_steps(run_dir)[-1]
-    if after.train.steps is not None and after.train.steps < newest:
-        raise ConfigError(f"--resume: train.steps {after.train.steps}, but the newest checkpoint is of step {newest}")
 
 
 def _open(config: FinetuneConfig, world: int) -> tuple[Source, Source]:
@@ -217,10 +211,5 @@ def _open(config: FinetuneConfig, world: int) -> tuple[Source, Source]:
     train = open_source(config.task, data.train, "train", image_size=size, classes=classes, whole=apart)
     known = train.classes if config.task == "classification" else None
     val = open_source(config.task, data.val or data.train, "val", image_size=size, classes=known, whole=apart)
-    needed = config.train.micro_batch * world
-    if len(train) < needed:
-        raise DataError(
-            f"data.train={data.train}: {len(train)} samples do not fill a batch of train.micro_batch "
-            f"{config.train.micro_batch} x {world} rank(s)"
-        )
+    require_batch(config.train, data.train, len(train), world)
     return train, val

@@ -1,0 +1,45 @@
+"""What a resumed run may change. Nothing here imports torch."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from sycoca.config import ConfigError
+from train.command_line import leaves
+
+
+def check_world(config: Any, batch: int, world: int, hint: str = "") -> None:
+    """Raises ConfigError where so many ranks would make another global batch; `hint` ends the line."""
+    train = config.train
+    asked = train.micro_batch * train.accumulation * world
+    if batch != asked:
+        ranks = batch // (train.micro_batch * train.accumulation)
+        raise ConfigError(
+            f"--resume: the run has train_batch_size {batch} on {ranks} rank(s), {world} rank(s) would make it "
+            f"{asked}{hint}"
+        )
+
+
+def reshaped(config: Any, batch: int, world: int) -> Any:
+    """The configuration of the same run, its global batch shared by another number of ranks."""
+    parts = config.train.accumulation
+    micro_batch, rest = divmod(batch, parts * world)
+    if rest or not micro_batch:
+        raise ConfigError(f"--reshape: {world} rank(s) cannot share a train_batch_size of {batch} in {parts} part(s)")
+    return replace(config, train=replace(config.train, micro_batch=micro_batch))
+
+
+def check_resumed(before: Any, after: Any, fixed: Callable[[str], bool]) -> None:
+    """Raises ConfigError where a setting differs whose dotted key is `fixed`."""
+    old = leaves(before)
+    for key, value in leaves(after).items():
+        if value != old[key] and fixed(key):
+            raise ConfigError(f"--resume: {key} is {old[key]} in the run and cannot become {value}")
+
+
+def check_end(after: Any, steps: int, newest: int) -> None:
+    """Raises ConfigError where the resumed run would end, after `steps`, before its newest checkpoint."""
+    if steps < newest:
+        train = after.train
+        asked = f"train.steps {steps}" if train.epochs is None else f"train.epochs {train.epochs} end at step {steps}"
+        raise ConfigError(f"--resume: {asked}, the newest checkpoint is of step {newest}")
