@@ -16,16 +16,16 @@ import numpy as np
 
 from train.data.paths import IMAGE_ENDINGS
 
-IMAGE, TEXT, JSON = range(3)
+IMAGE, TEXT, JSON, LABEL = range(4)
 LARGEST_IMAGE = 64 << 20
 LARGEST_TEXT = 1 << 20
-_ROLES = {ending[1:]: IMAGE for ending in IMAGE_ENDINGS} | {"img": IMAGE, "txt": TEXT, "json": JSON}
+_ROLES = {ending[1:]: IMAGE for ending in IMAGE_ENDINGS} | {"img": IMAGE, "txt": TEXT, "json": JSON, "cls": LABEL}
 _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)")
 _BLOCK = 512
 
 
 class Listing(NamedTuple):
-    """The samples of a tar: their keys, and (n, 3, 2) int64 offset and size of image, text and JSON, -1 where none is.
+    """The samples of a tar: their keys, and (n, 4, 2) int64 offset and size of each role, -1 where none is.
 
     `endings` are those of the images; `faults` what could not be used, as (cause, where).
     """
@@ -59,7 +59,7 @@ def scan(path: Path) -> Listing:
             if member.offset_data + member.size > size:
                 faults.append(("shard ends within a member", f"{path.name} {member.name}"))
                 continue
-            spans = places.setdefault(match[1], [(-1, -1)] * 3)
+            spans = places.setdefault(match[1], [(-1, -1)] * 4)
             if spans[role][0] >= 0:
                 faults.append(("duplicate key", f"{path.name} {member.name}"))
                 continue
@@ -68,7 +68,7 @@ def scan(path: Path) -> Listing:
                 endings[match[1]] = match[2].lower()
         if not places:
             faults.append(("shard without a sample", path.name) if size else ("empty file", path.name))
-    spans = np.array(list(places.values()), dtype=np.int64).reshape(-1, 3, 2)
+    spans = np.array(list(places.values()), dtype=np.int64).reshape(-1, 4, 2)
     return Listing(list(places), spans, [endings.get(key, "jpg") for key in places], faults)
 
 

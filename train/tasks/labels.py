@@ -2,27 +2,27 @@
 
 SPEC = scenes | FOLDER | FILE.tar | FILES-{000..009}.tar
 
-A folder holds a folder of images for every class, perhaps below `train`, `val` and `test`. A tar file holds
-`CLASS/NAME.jpg`, or WebDataset's `NAME.jpg` beside `NAME.cls`, which gives the index or the name of the class.
+A folder is one of `train.data.classes`. A tar file holds `CLASS/NAME.jpg`, or WebDataset's `NAME.jpg` beside
+`NAME.cls`, which gives the index or the name of the class.
 """
 
-import io
 import os
-import re
-import tarfile
 from pathlib import Path
 from typing import Any
 
 from sycoca.config import nearest
 from train.data import DataError, Source, open_dataset
+from train.data.braces import expand
+from train.data.classes import by_class, split_folders
+from train.data.paths import nearest_path
 from train.data.sample import BadSample, Skipped
 from train.data.scene_words import PLACE_WORDS, place
+from train.data.tars import IMAGE, LABEL, LARGEST_IMAGE, LARGEST_TEXT, scan
 from train.tasks.annotations import require_some
 from train.tasks.class_names import SCENE_PLACES
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation", "test"), "test": ("test", "val")}
+# What is judged on may be called either way.
+_INSTEAD = {"val": "test", "test": "val"}
 
 
 class LabelSource(Source):
@@ -110,7 +110,9 @@ class ListedLabels(LabelSource):
 
 
 def _member(where: tuple[str, int, int, str]) -> bytes:
-    path, offset, size, _ = where
+    path, offset, size, name = where
+    if size > LARGEST_IMAGE:
+        raise BadSample("member too large", name)
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
@@ -118,61 +120,41 @@ def _member(where: tuple[str, int, int, str]) -> bytes:
 
 def has_split(path: Path, split: str) -> bool:
     """Whether a folder holds a folder for a split."""
-    return any((path / name).is_dir() for name in _SPLIT_NAMES[split])
+    return path.is_dir() and _split_of(path, split) is not None
 
 
-def _folder(path: Path, split: str, skipped: Skipped) -> list[tuple[str, str]]:
-    root = next((path / name for name in _SPLIT_NAMES[split] if (path / name).is_dir()), path)
-    found = []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
-        for file in sorted(os.listdir(folder)):
-            if file.lower().endswith(_IMAGES):
-                found.append((str(folder / file), folder.name))
-            else:
-                skipped.row("file is no image", f"{folder.name}/{file}")
-    return found
+def _split_of(path: Path, split: str) -> str | None:
+    """The split of a folder that is taken for the one asked for; None where it has none."""
+    there = set(split_folders(path).values())
+    return next((name for name in (split, _INSTEAD.get(split)) if name in there), None)
 
 
-def _shards(spec: str) -> list[Path]:
-    braces = _BRACES.search(spec)
-    if not braces:
-        return [Path(spec).expanduser()]
-    first, last = braces[1], braces[2]
-    numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
-    return [Path(spec[: braces.start()] + n + spec[braces.end() :]).expanduser() for n in numbers]
+def _folder(path: Path, split: str, skipped: Skipped) -> list[tuple[Any, str]]:
+    taken, there = _split_of(path, split), sorted(set(split_folders(path).values()))
+    if there and taken is None:
+        raise DataError(f"data source '{path}': no split {split!r}; it has {', '.join(there)}")
+    return [(str(path / image), name) for image, name, _ in by_class(path, skipped, taken)]
 
 
 def _tar(path: Path, skipped: Skipped) -> list[tuple[Any, str]]:
-    images: dict[str, tuple[str, int, int, str]] = {}
-    labels: dict[str, str] = {}
-    whole = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                stem, ending = os.path.splitext(member.name)
-                if ending.lower() in _IMAGES:
-                    if stem in images:
-                        skipped.row("duplicate key", f"{path.name}:{stem}")
-                        continue
-                    if member.offset_data + member.size > whole:
-                        skipped.row("tar file ends early", f"{path.name}:{member.name}")
-                        continue
-                    images[stem] = (str(path), member.offset_data, member.size, member.name)
-                elif ending.lower() == ".cls":
-                    labels[stem] = io.TextIOWrapper(tar.extractfile(member), "utf-8", "replace").read().strip()
-    except tarfile.ReadError as error:
-        if not images:
-            raise DataError(f"data source '{path}': not a tar file: {error}") from None
-        skipped.row("tar file ends early", path.name)
-    found = []
-    for stem, where in images.items():
-        label = labels.get(stem) or os.path.basename(os.path.dirname(stem))
-        if label:
-            found.append((where, label))
-        else:
-            skipped.sample(where[3], "image without a class")
+    listing = scan(path)
+    for cause, where in listing.faults:
+        skipped.row(cause, where)
+    found: list[tuple[Any, str]] = []
+    with open(path, "rb") as file:
+        for key, spans, ending in zip(listing.keys, listing.spans.tolist(), listing.endings, strict=True):
+            (offset, size), (label_at, label_size) = spans[IMAGE], spans[LABEL]
+            label = os.path.basename(os.path.dirname(key))
+            if 0 < label_size <= LARGEST_TEXT:
+                file.seek(label_at)
+                label = file.read(label_size).decode("utf-8", "replace").strip() or label
+            name = f"{key}.{ending}"
+            if offset < 0:
+                skipped.sample(key, "class without an image")
+            elif label:
+                found.append(((str(path), offset, size, name), label))
+            else:
+                skipped.sample(name, "image without a class")
     return found
 
 
@@ -190,12 +172,10 @@ def open_labels(spec: str, split: str, *, image_size: int, classes: tuple[str, .
     """
     if spec.partition("?")[0] == "scenes":
         return SceneObjects(open_dataset(spec, split, image_size=image_size), image_size)
-    skipped, paths = Skipped(), _shards(spec)
-    found: list[tuple[Any, str]] = []
-    for path in paths:
+    skipped, found = Skipped(), []
+    for path in (Path(name).expanduser() for name in expand(spec)):
         if not path.exists():
-            beside = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else ["scenes"]
-            raise DataError(f"data source not found: '{path}'{nearest(str(path), beside)}")
+            raise DataError(f"data source not found: '{path}'{nearest_path(path)}")
         if path.is_dir():
             found += _folder(path, split, skipped)
         elif path.suffix == ".tar":
