@@ -21,7 +21,7 @@ from train.hardware import has_cuda
 from train.run_folder import check_writable
 from train.tasks.class_names import class_names, templates
 from train.tasks.facts import model_folder, model_settings, task_facts
-from train.tasks.options import EVALUATED, TRAINING_ONLY, TaskOptions, check_meant, check_task
+from train.tasks.options import EVALUATED, TRAINING_ONLY, TaskOptions, check_meant, check_objectives, check_task
 from train.tasks.sources import holds_out, open_source
 
 
@@ -76,6 +76,7 @@ def parse(argv: list[str]) -> Evaluation:
         raise ConfigError(f"--train belongs to probe, not to {args.task}")
     folder = model_folder(args.model)
     facts, settings = task_facts(folder), model_settings(folder)
+    check_objectives(args.task, settings["objectives"], folder)
     if args.task == "classification" and facts.get("task") != "classification":
         raise ConfigError(f"--model {folder}: no classifier; make one with train/finetune.py classification")
     if options.java:
@@ -105,12 +106,11 @@ def evaluate(asked: Evaluation) -> None:
 
     from sycoca.hub import load_pretrained
     from train.tasks.heads import load_head
-    from train.tasks.judge import check_objectives, judge, vqa_method
+    from train.tasks.judge import judge, vqa_method
     from train.tasks.report import terminal_lines, write_results
 
     device = torch.device("cuda" if has_cuda() else "cpu")
     model, tokenizer, config = load_pretrained(asked.model, device=device)
-    check_objectives(asked.task, config.objectives)
     method = vqa_method(asked.options.vqa, asked.facts) if asked.task == "vqa" else ""
     classifies = asked.task == "classification" or method == "classify"
     head = load_head(asked.facts, config) if classifies else None

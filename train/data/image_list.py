@@ -192,6 +192,13 @@ class ImageList(Source):
         name, captions = self._images[index], self._captions[index]
         return self._decode(name), captions[pick % len(captions)], name
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._captions[index]
+
+    def captioned(self, index: int):
+        name = self._images[index]
+        return self._decode(name), self._captions[index], name
+
     def texts(self, limit: int | None = None):
         for captions in self._captions[:limit]:
             yield from captions

@@ -77,6 +77,14 @@ class Mixture(Source):
         part, inner = self._find(index)
         return part.pair(inner, pick)
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        part, inner = self._find(index)
+        return part.captions(inner)
+
+    def captioned(self, index: int):
+        part, inner = self._find(index)
+        return part.captioned(inner)
+
     def encoded(self, index: int) -> tuple[bytes, str]:
         part, inner = self._find(index)
         return part.encoded(inner)

@@ -211,6 +211,15 @@ class Source:
         sample = self[index]
         return sample.image, sample.captions[pick % len(sample.captions)], sample.key
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """All captions of a sample, without touching its image where that is possible."""
+        return self[index].captions
+
+    def captioned(self, index: int) -> tuple[Any, tuple[str, ...], str]:
+        """Image, all captions and key, without what else a sample may hold."""
+        sample = self[index]
+        return sample.image, sample.captions, sample.key
+
     def texts(self, limit: int | None = None):
         """The captions alone, of the first `limit` samples, without touching an image: food for a tokenizer."""
         raise NotImplementedError

@@ -217,9 +217,18 @@ class Scenes(Source):
         text, _ = self._caption(scene, number, pick % CAPTIONS)
         return draw_scene(scene, self.image_size), text, self._key(index)
 
+    def _captions(self, scene: Scene, number: int) -> tuple[str, ...]:
+        return tuple(self._caption(scene, number, which)[0] for which in range(CAPTIONS))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        number = self._global_index(index)
+        return self._captions(make_scene(self.seed, number), number)
+
+    def captioned(self, index: int):
+        number = self._global_index(index)
+        scene = make_scene(self.seed, number)
+        return draw_scene(scene, self.image_size), self._captions(scene, number), self._key(index)
+
     def texts(self, limit: int | None = None):
         for index in range(min(len(self), VOCABULARY_SCENES, len(self) if limit is None else limit)):
-            number = self._global_index(index)
-            scene = make_scene(self.seed, number)
-            for which in range(CAPTIONS):
-                yield self._caption(scene, number, which)[0]
+            yield from self.captions(index)

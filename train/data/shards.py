@@ -317,6 +317,9 @@ class Shards(Source):
             regions.append(region._replace(caption=kept.index(region.caption) if region.caption in kept else -1))
         return tuple(regions)
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._words(index)[0]
+
     def texts(self, limit: int | None = None):
         for index in range(min(len(self), limit or len(self))):
             try:

@@ -9,7 +9,7 @@ b counts bigrams, as pycocoevalcap does where the paper has the length in words.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from train.tasks.bleu import ORDERS, Words, ngrams
 
@@ -34,9 +34,18 @@ class CiderD:
 
     def score(self, candidate: Words, references: Sequence[Words]) -> float:
         """CIDEr-D of a caption, 0..10, against at least one reference of its image."""
-        own = self._vector(candidate)
-        total = sum(self._similarity(own, self._vector(words)) for words in references)
-        return 10 * total / (ORDERS * len(references))
+        return self.against(references)(candidate)
+
+    def against(self, references: Sequence[Words]) -> Callable[[Words], float]:
+        """The score of any caption against the references of one image."""
+        others = [self._vector(words) for words in references]
+
+        def score(candidate: Words) -> float:
+            own = self._vector(candidate)
+            total = sum(self._similarity(own, other) for other in others)
+            return 10 * total / (ORDERS * len(others))
+
+        return score
 
     def _vector(self, words: Words) -> _Vector:
         weights: list[dict[tuple[str, ...], float]] = [{} for _ in range(ORDERS)]

@@ -11,7 +11,6 @@ from train.tasks.heads import Head
 from train.tasks.options import TaskOptions
 from train.tasks.outcome import Outcome
 
-_NEEDS = {"retrieval": "itc", "zeroshot": "itc", "captioning": "ic", "vqa": "ic", "choice": "ic"}
 _ANSWER_IMAGES = 2_000
 
 
@@ -21,13 +20,6 @@ class Judged(NamedTuple):
     outcome: Outcome
     skipped: Skipped
     seconds: float
-
-
-def check_objectives(task: str, objectives: tuple[str, ...]) -> None:
-    """Raises ConfigError where a model was not trained for what a task asks of it."""
-    needed = _NEEDS.get(task)
-    if needed is not None and needed not in objectives:
-        raise ConfigError(f"{task} needs a model trained with the objective '{needed}'; it has {', '.join(objectives)}")
 
 
 def vqa_method(asked: str, facts: dict[str, Any]) -> str:

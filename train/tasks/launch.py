@@ -21,7 +21,7 @@ from train.resuming import check_end, check_resumed, check_world
 from train.run_folder import check_writable, checkpoint_steps, free_run_dir, read_run_config, resume_dir
 from train.tasks.class_names import class_names, templates
 from train.tasks.facts import model_folder, model_settings
-from train.tasks.options import FINETUNED, TaskOptions, check_meant, check_task
+from train.tasks.options import FINETUNED, TaskOptions, check_meant, check_objectives, check_task
 from train.tasks.sources import holds_out, open_source
 
 _LENGTH = frozenset(["train.steps", "train.epochs", "train.log_every", "train.save_every", "train.keep_last"])
@@ -195,9 +195,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Tuning:
 def _open(config: FinetuneConfig, world: int) -> tuple[Source, Source]:
     data, options = config.data, config.options
     settings = model_settings(Path(config.model))
-    objective = {"retrieval": "itc", "captioning": "ic", "vqa": "ic"}.get(config.task)
-    if objective is not None and objective not in settings["objectives"]:
-        raise ConfigError(f"{config.task} needs a model trained with the objective '{objective}': {config.model}")
+    check_objectives(config.task, settings["objectives"], config.model)
     classes = class_names(options.classes)
     if options.templates is not None:
         templates(options.templates, classes or ())

@@ -39,29 +39,42 @@ class Objective(nn.Module):
 
 
 class Contrast(Objective):
-    """ITC between images and one caption of each."""
+    """ITC between images and K captions of each, all of which are its positives."""
 
     names = ("loss", "itc")
 
-    def forward(self, images: Tensor, tokens: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
-        texts = self.model.encode_text(tokens).features
+    def forward(self, images: Tensor, rows: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
+        B, K, _ = rows.shape
+        texts = self.model.encode_text(rows.flatten(0, 1)).features
+        if K > 1:
+            # An image that stands K times adds a constant to the loss, log K / 2, and nothing to a gradient.
+            ids = _places(B, group, images.device) if ids is None else ids
+            ids = ids.repeat_interleave(K)
         if group is not None:
-            texts = gather_texts(texts, ids, group=group, counts=shares)
-        features = self.model.encode_image(images).features
+            texts = gather_texts(texts, ids, group=group, counts=[K * share for share in shares])
+        features = self.model.encode_image(images).features.repeat_interleave(K, 0)
         loss = fused_itc_loss(features, texts, self.model.logit_scale(), ids=ids if group is None else None)
         return loss, loss
 
 
 class Writing(Objective):
-    """Cross-entropy of captions; the whole image is seen."""
+    """Cross-entropy of K captions of each image; the whole image is seen."""
 
     names = ("loss", "caption")
 
-    def forward(self, images: Tensor, tokens: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
+    def forward(self, images: Tensor, rows: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
+        tokens = rows.flatten(0, 1)
         labels, count = _labels(self.model, tokens, torch.ones_like(tokens[:, 0]), group)
-        words, patches = self.model.text.words(tokens)[:, :-1], self.model.encode_image(images).memory
+        words = self.model.text.words(tokens)[:, :-1]
+        patches = self.model.encode_image(images).memory.repeat_interleave(rows.shape[1], 0)
         loss = self.model.caption_decoder(words, patches, labels) / count
         return loss, loss
+
+
+def _places(count: int, group: Group, device: Any) -> Tensor:
+    """Numbers (count,) int64 that no two images of the global batch share, where ranks hold equally many."""
+    first = 0 if group is None else dist.get_rank(group) * count
+    return torch.arange(first, first + count, device=device)
 
 
 class AnswerWriting(Objective):

@@ -7,6 +7,14 @@ from train.config import Section, require
 
 EVALUATED = ("retrieval", "captioning", "vqa", "choice", "pairs", "zeroshot", "probe", "classification")
 FINETUNED = ("retrieval", "captioning", "vqa", "classification")
+# The objective that a model must have been trained with.
+_NEEDS = {
+    "retrieval": "itc",
+    "zeroshot": "itc",
+    "captioning": "ic",
+    "vqa": "ic",
+    "choice": "ic",
+}
 
 
 @dataclass(frozen=True)
@@ -25,9 +33,12 @@ class TaskOptions(Section):
         per_token: choice, pairs: likelihood over the number of tokens.
         classes, templates: zeroshot, classification: the name of a known set, or a file with one a line.
         probe_limit: probe: images that it is fitted to, at most.
+        captions: retrieval, captioning: fine-tuning takes so many captions of each image in a step.
         scst: captioning: fine-tuning rewards CIDEr-D of drawn captions instead of cross-entropy.
         samples: captioning with scst: captions drawn for each image.
         temperature: captioning with scst: of the draws.
+        baseline: captioning with scst: what a draw's reward is held against, the greedy caption's or the mean of the
+            other draws'.
         layer_decay: classification: factor on the learning rate from each layer of the image encoder to the one below.
         named_head: classification: the classifier starts from the names of the classes instead of zeros.
         seed: probe: of its validation part.
@@ -47,20 +58,34 @@ class TaskOptions(Section):
     classes: str | None = None
     templates: str | None = None
     probe_limit: int | None = 10_000
+    captions: int = 1
     scst: bool = False
     samples: int = 5
     temperature: float = 1.0
+    baseline: Literal["greedy", "others"] = "others"
     layer_decay: float = 0.75
     named_head: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("limit", "batch_size", "beams", "max_length", "answers", "ranked", "probe_limit", "samples"):
+        counts = (
+            "limit",
+            "batch_size",
+            "beams",
+            "max_length",
+            "answers",
+            "ranked",
+            "probe_limit",
+            "captions",
+            "samples",
+        )
+        for name in counts:
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}: {value}, needs at least 1")
         require(self.examples >= 0, f"examples: {self.examples}, needs at least 0")
         require(0 < self.layer_decay <= 1, f"layer_decay: {self.layer_decay}, needs to be above 0, at most 1")
         require(0 < self.temperature < float("inf"), f"temperature: {self.temperature}, needs to be above 0")
+        require(self.samples > 1 or self.baseline == "greedy", "samples: 1, baseline=others needs at least 2")
 
 
 TASKS_OF_OPTIONS = {
@@ -76,13 +101,15 @@ TASKS_OF_OPTIONS = {
     "templates": ("zeroshot", "classification"),
     "probe_limit": ("probe",),
     "seed": ("probe",),
+    "captions": ("retrieval", "captioning"),
     "scst": ("captioning",),
     "samples": ("captioning",),
     "temperature": ("captioning",),
+    "baseline": ("captioning",),
     "layer_decay": ("classification",),
     "named_head": ("classification",),
 }
-TRAINING_ONLY = frozenset(["scst", "samples", "temperature", "layer_decay", "named_head"])
+TRAINING_ONLY = frozenset(["captions", "scst", "samples", "temperature", "baseline", "layer_decay", "named_head"])
 
 
 def check_task(task: str, known: tuple[str, ...], script: str) -> None:
@@ -91,6 +118,15 @@ def check_task(task: str, known: tuple[str, ...], script: str) -> None:
 
     if task not in known:
         raise ConfigError(f"{script}: no task '{task}'{nearest(task, known) or '; there are ' + ', '.join(known)}")
+
+
+def check_objectives(task: str, objectives: tuple[str, ...], model: object) -> None:
+    """Raises ConfigError where a model was not trained for what a task asks of it."""
+    needed = _NEEDS.get(task)
+    require(
+        needed is None or needed in objectives,
+        f"--model {model}: {task} needs a model trained with the objective '{needed}'; it has {', '.join(objectives)}",
+    )
 
 
 def check_meant(task: str, given: set[str]) -> None:

@@ -86,11 +86,11 @@ class CaptionImages:
         return len(self.source)
 
     def image(self, index: int) -> tuple[Any, str]:
-        sample = self.source[index]
-        if not sample.captions:
-            raise BadSample("image without a caption", sample.key)
-        self.captions[index] = sample.captions
-        return sample.image, sample.key
+        image, captions, key = self.source.captioned(index)
+        if not captions:
+            raise BadSample("image without a caption", key)
+        self.captions[index] = captions
+        return image, key
 
 
 def require_any(count: int, task: str, source: Any, skipped: Skipped) -> None:

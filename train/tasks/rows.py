@@ -24,6 +24,23 @@ class LabelRows:
         return torch.tensor([[int(text)] for text in texts], dtype=torch.int64)
 
 
+class CaptionRows:
+    """Captions of each image: (B, K, T) tokens. An image that has fewer than K says them again.
+
+    Args:
+        tokenizer: the model's.
+        captions: K.
+    """
+
+    def __init__(self, tokenizer: Any, captions: int) -> None:
+        self._tokenizer, self._captions = tokenizer, captions
+
+    def encode(self, texts: Sequence[str], context_length: int) -> Tensor:
+        said = [json.loads(text) for text in texts]
+        chosen = [captions[i % len(captions)] for captions in said for i in range(self._captions)]
+        return self._tokenizer.encode(chosen, context_length).view(len(said), self._captions, -1)
+
+
 class ReferenceRows:
     """All captions of an image as UTF-8 (B, N), 0 behind the end; lossless, as CIDEr-D needs their words."""
 

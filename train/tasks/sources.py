@@ -65,6 +65,9 @@ class NoCaps(Source):
         name, captions, _ = self._found[index]
         return Sample(self._pictures.read(name), captions, name)
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._found[index][1]
+
     def texts(self, limit: int | None = None):
         for _, captions, _ in self._found[:limit]:
             yield from captions

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sycoca.config import ConfigError, to_dict
 from sycoca.model import parameter_groups
-from train.data import DataError, batches, readable
+from train.data import DataError, batches
 from train.tasks.class_names import templates
 from train.tasks.classification import name_features
 from train.tasks.facts import task_facts
@@ -19,12 +19,11 @@ from train.tasks.judge import judge, vqa_method
 from train.tasks.launch import FinetuneConfig, Tuning
 from train.tasks.objectives import AnswerChoosing, AnswerWriting, Contrast, Labelling, Objective, Writing
 from train.tasks.report import terminal_lines, write_results
-from train.tasks.rows import AnswerRows, LabelRows, ReferenceRows, WrittenRows
+from train.tasks.rows import AnswerRows, CaptionRows, LabelRows, ReferenceRows, WrittenRows
 from train.tasks.scst import SelfCritical, training_frequencies
 from train.tasks.vqa import frequent_answers
 
 _ANSWER_IMAGES = 20_000
-_FREQUENCY_IMAGES = 5_000
 _BLOCK = re.compile(r"model\.vision\.blocks\.(\d+)\.")
 
 
@@ -38,7 +37,10 @@ class Plan(NamedTuple):
 
 
 class AllCaptions:
-    """A caption source whose pairs hold all captions of the image, as JSON; whatever else it knows is the source's."""
+    """A caption source whose pairs hold all captions of the image, as JSON, the one chosen first.
+
+    Whatever else it knows is the source's.
+    """
 
     def __init__(self, source: Any) -> None:
         self._source = source
@@ -52,8 +54,9 @@ class AllCaptions:
         return getattr(self._source, name)
 
     def pair(self, index: int, pick: int) -> tuple[Any, str, str]:
-        sample = self._source[index]
-        return sample.image, json.dumps(sample.captions), sample.key
+        image, captions, key = self._source.captioned(index)
+        first = pick % len(captions)
+        return image, json.dumps(captions[first:] + captions[:first]), key
 
 
 def build_objective(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> Plan:
@@ -65,12 +68,19 @@ def build_objective(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> 
     config, source = tuning.config, tuning.train
     options = config.options
     if config.task == "retrieval":
-        return Plan(Contrast(model), tokenizer, source, ())
+        return Plan(Contrast(model), CaptionRows(tokenizer, options.captions), AllCaptions(source), ())
     if config.task == "captioning" and not options.scst:
-        return Plan(Writing(model), tokenizer, source, ())
+        return Plan(Writing(model), CaptionRows(tokenizer, options.captions), AllCaptions(source), ())
     if config.task == "captioning":
-        scorer = training_frequencies(_captions(source))
-        drawn = SelfCritical(model, tokenizer, scorer, samples=options.samples, temperature=options.temperature)
+        scorer = training_frequencies(source)
+        drawn = SelfCritical(
+            model,
+            tokenizer,
+            scorer,
+            samples=options.samples,
+            temperature=options.temperature,
+            baseline=options.baseline,
+        )
         return Plan(drawn, ReferenceRows(), AllCaptions(source), ())
     if config.task == "vqa" and options.vqa == "generate":
         return Plan(AnswerWriting(model), WrittenRows(tokenizer), source, ())
@@ -88,12 +98,6 @@ def build_objective(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> 
         )
     head = LabelHead(model.config.embed_dim, len(source.classes), scale, weight).to(device)
     return Plan(Labelling(model, head), LabelRows(), source, source.classes)
-
-
-def _captions(source: Any) -> Iterator[tuple[str, ...]]:
-    """All captions of each of the first images."""
-    for _, sample in readable(source, range(min(len(source), _FREQUENCY_IMAGES))):
-        yield sample.captions
 
 
 def training_groups(objective: Objective, config: FinetuneConfig) -> list[dict]:

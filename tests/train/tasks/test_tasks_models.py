@@ -24,7 +24,7 @@ from train.tasks.objectives import AnswerChoosing, AnswerWriting, Contrast, Labe
 from train.tasks.options import TaskOptions
 from train.tasks.outcome import Example, Outcome
 from train.tasks.report import chosen_examples, terminal_lines, write_results
-from train.tasks.rows import AnswerRows, LabelRows, ReferenceRows, WrittenRows
+from train.tasks.rows import AnswerRows, CaptionRows, LabelRows, ReferenceRows, WrittenRows
 from train.tasks.scst import SelfCritical
 from train.tasks.sources import open_source
 from train.tasks.vqa import frequent_answers
@@ -202,20 +202,43 @@ def test_probe_runs_on_scenes(model, tokenizer):
 SHARES = [3]
 
 
+def rows_of_captions(tokenizer, said, captions):
+    return CaptionRows(tokenizer, captions).encode([json.dumps(texts) for texts in said], 28)
+
+
 def test_contrast_is_symmetric_cross_entropy(model, tokenizer, images):
-    tokens = tokenizer.encode(["a red star", "a blue ring", "two squares"], 28)
-    loss, _ = Contrast(model)(images, tokens, None, None, SHARES)
-    v, t = model.encode_image(images).features, model.encode_text(tokens).features
+    rows = rows_of_captions(tokenizer, [["a red star"], ["a blue ring"], ["two squares"]], 1)
+    loss, _ = Contrast(model)(images, rows, None, None, SHARES)
+    v, t = model.encode_image(images).features, model.encode_text(rows[:, 0]).features
     logits, own = model.logit_scale() * v @ t.T, torch.arange(3)
     expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_all_captions_of_an_image_are_its_positives(model, tokenizer, images):
+    said = [["a red star", "one star"], ["a blue ring", "ring"], ["two squares"]]
+    rows = rows_of_captions(tokenizer, said, 2)
+    assert rows.shape[:2] == (3, 2) and torch.equal(rows[2, 0], rows[2, 1])
+    model.zero_grad()
+    loss, _ = Contrast(model)(images, rows, None, None, SHARES)
+    loss.backward()
+    gradient = model.image_projection.weight.grad.clone()
+    model.zero_grad()
+    v, t = model.encode_image(images).features, model.encode_text(rows.flatten(0, 1)).features
+    logits, owner = model.logit_scale() * v @ t.T, torch.arange(3).repeat_interleave(2)
+    to_text = -logits.log_softmax(1)[owner, torch.arange(6)].mean()
+    to_image = F.cross_entropy(logits.T, owner)
+    (expected := (to_text + to_image) / 2).backward()
+    assert loss.item() == pytest.approx(expected.item() + math.log(2) / 2, abs=1e-5)
+    assert torch.allclose(gradient, model.image_projection.weight.grad, atol=1e-6)
+    model.zero_grad()
+
+
 def test_writing_is_the_mean_over_the_tokens(model, tokenizer, images):
-    texts = ["a red star", "a blue ring at the top", "squares"]
-    loss, _ = Writing(model)(images, tokenizer.encode(texts, 28), None, None, SHARES)
-    made = prompted(tokenizer, [""] * 3, texts, 28)
-    sums, counts = log_likelihood(model, model.encode_image(images), torch.arange(3), made)
+    said = [["a red star", "star"], ["a blue ring at the top", "a ring"], ["squares", "two"]]
+    loss, _ = Writing(model)(images, rows_of_captions(tokenizer, said, 2), None, None, SHARES)
+    made = prompted(tokenizer, [""] * 6, [text for texts in said for text in texts], 28)
+    sums, counts = log_likelihood(model, model.encode_image(images), torch.arange(3).repeat_interleave(2), made)
     assert loss.item() == pytest.approx(-(sums.sum() / counts.sum()).item(), abs=1e-4)
 
 
@@ -256,17 +279,18 @@ def test_references_travel_without_loss():
     assert ReferenceRows.decode(ReferenceRows().encode([json.dumps(s) for s in said], 4)) == said
 
 
-def test_scst_weighs_log_likelihoods_by_the_reward_over_the_greedy_caption(model, tokenizer, images):
+@pytest.mark.parametrize("kind", ["greedy", "others"])
+def test_scst_weighs_log_likelihoods_by_the_reward_over_a_baseline(model, tokenizer, images, kind):
     said = [["a red star at the top"], ["a blue ring"], ["two green squares"]]
-    objective = SelfCritical(
-        model, tokenizer, CiderD([[tuple(c.split()) for c in s] for s in said]), samples=2, temperature=1.0
-    )
+    scorer = CiderD([[tuple(c.split()) for c in s] for s in said])
+    objective = SelfCritical(model, tokenizer, scorer, samples=2, temperature=1.0, baseline=kind)
     rows = ReferenceRows().encode([json.dumps(s) for s in said], 28)
     _, tokens, (rewards, baseline) = objective.inputs(images, rows, None, 3)
     assert torch.equal(tokens, objective.inputs(images, rows, None, 3)[1])
     assert objective.model.training and tokens.shape[0] == 6 and rewards.shape == (3, 2)
+    assert torch.equal(baseline, rewards.flip(1)) if kind == "others" else baseline.shape == (3, 1)
     objective.eval()
-    rewards, baseline = torch.tensor([[1.0, 0.0], [0.5, 0.5], [2.0, 3.0]]), torch.tensor([0.5, 0.5, 1.0])
+    rewards, baseline = torch.tensor([[1.0, 0.0], [0.5, 0.5], [2.0, 3.0]]), torch.tensor([[0.5], [0.5], [1.0]])
     loss, reward, greedy = objective(images, tokens, (rewards, baseline), None, SHARES)
     loss.backward()
     gradient = model.caption_decoder.head.weight.grad.clone()
