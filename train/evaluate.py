@@ -53,7 +53,7 @@ def parse(argv: list[str]) -> Evaluation:
         description="Judges a model on a task; leaves a JSON file and an HTML page with examples.",
         epilog="examples:\n"
         "  python train/evaluate.py retrieval --model runs/tiny --data flickr8k/captions.tsv\n"
-        "  python train/evaluate.py captioning --data 'nocaps:nocaps_val.json?images=val' beams=5 java=true\n"
+        "  python train/evaluate.py captioning --data 'nocaps:nocaps_val.json?images=val' beams=5 meteor=true\n"
         "  python train/evaluate.py vqa --data 'vqav2:questions.json?annotations=answers.json&images=val2014'\n"
         "  python train/evaluate.py zeroshot --data cifar10/test.tar classes=cifar10\n"
         "  python train/evaluate.py probe --train cifar10/train.tar --data cifar10/test.tar\n",
@@ -79,10 +79,10 @@ def parse(argv: list[str]) -> Evaluation:
     check_objectives(args.task, settings["objectives"], folder)
     if args.task == "classification" and facts.get("task") != "classification":
         raise ConfigError(f"--model {folder}: no classifier; make one with train/finetune.py classification")
-    if options.java:
+    if options.meteor or options.spice:
         from train.tasks.coco_java import require_java
 
-        require_java()
+        require_java(spice=options.spice)
     classes = tuple(facts["names"]) if args.task == "classification" else class_names(options.classes)
     size = settings["image_size"]
     if options.templates is not None:

@@ -257,7 +257,7 @@ def test_groups_of_the_local_term_are_those_of_one_process(launch):
     assert launch("micro_batch=16").config.model.masking.local_group == 32
     with pytest.raises(ConfigError, match=r"local_group 32 does not divide train\.micro_batch 16: 2 ranks"):
         launch("micro_batch=16", world=2)
-    assert launch("micro_batch=16", "local_weight=0", world=2).config.model.local_weight == 0
+    assert launch("micro_batch=16", "objectives=itc", world=2).config.model.local_weight == 0
 
 
 def test_table_without_enough_held_out_samples_is_refused(launch, tmp_path):

@@ -62,8 +62,10 @@ def evaluate(model: Any, tokenizer: Any, source: Any, *, options: Any, device: A
     cider, rouge, blue = cider_d(candidates, references), rouge_l(candidates, references), bleu(candidates, references)
     headline = {"CIDEr-D": share(cider)}
     headline |= {f"BLEU-{n + 1}": blue.corpus[n] for n in range(ORDERS)} | {"ROUGE-L": share(rouge)}
-    if options.java:
-        headline |= {"METEOR": meteor(candidates, references), "SPICE": spice(candidates, references)}
+    if options.meteor:
+        headline["METEOR"] = meteor(candidates, references)
+    if options.spice:
+        headline["SPICE"] = spice(candidates, references)
     figures: dict[str, Any] = {"images": len(indices), **headline}
     tables = {}
     if hasattr(source, "domain"):

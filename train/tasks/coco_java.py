@@ -14,12 +14,20 @@ from train.tasks.bleu import Words
 from train.tasks.ptb import ptb_words
 
 
-def require_java() -> None:
-    """Raises ConfigError where the two cannot run."""
+def require_java(*, spice: bool) -> None:
+    """Raises ConfigError where METEOR, or SPICE too, cannot run; fetches CoreNLP's models at SPICE's first use."""
     if importlib.util.find_spec("pycocoevalcap") is None:
-        raise ConfigError('java=true: METEOR and SPICE need pycocoevalcap: pip install "sycoca[coco]"')
+        raise ConfigError('meteor, spice: they need pycocoevalcap: pip install "sycoca[coco]"')
     if shutil.which("java") is None:
-        raise ConfigError("java=true: METEOR and SPICE need Java, and there is no command java")
+        raise ConfigError("meteor, spice: they need Java, and there is no command java")
+    if not spice:
+        return
+    from pycocoevalcap.spice.get_stanford_models import get_stanford_models
+
+    try:
+        get_stanford_models()
+    except OSError as error:
+        raise ConfigError(f"spice=true: CoreNLP's models cannot be fetched from nlp.stanford.edu: {error}") from None
 
 
 def meteor(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
@@ -30,7 +38,7 @@ def meteor(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -
 
 
 def spice(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
-    """SPICE of the corpus, in 0..1; fetches CoreNLP's models at its first use."""
+    """SPICE of the corpus, in 0..1; behind `require_java`."""
     from pycocoevalcap.spice.spice import Spice
 
     return float(Spice().compute_score(*_sentences(candidates, references))[0])
@@ -56,7 +64,7 @@ def main(argv: list[str]) -> int:
     try:
         if len(argv) != 1:
             raise ConfigError("usage: python -m train.tasks.coco_java CAPTIONS, a source of captions")
-        require_java()
+        require_java(spice=False)
         captions = [text for split in ("train", "val") for text in open_dataset(argv[0], split).texts()]
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)

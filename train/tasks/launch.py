@@ -199,10 +199,10 @@ def _open(config: FinetuneConfig, world: int) -> tuple[Source, Source]:
     classes = class_names(options.classes)
     if options.templates is not None:
         templates(options.templates, classes or ())
-    if options.java:
+    if options.meteor or options.spice:
         from train.tasks.coco_java import require_java
 
-        require_java()
+        require_java(spice=options.spice)
     if data.val is None and not holds_out(config.task, data.train):
         raise ConfigError(f"data.train={data.train}: holds nothing out; give --val as well, what is judged on")
     size, apart = settings["image_size"], data.val is not None

@@ -26,7 +26,7 @@ class TaskOptions(Section):
         batch_size: images of a forward pass at evaluation.
         examples: best, median and worst examples shown in the report, each.
         beams, max_length, length_penalty: captioning, vqa by generation; as `sycoca.generate`.
-        java: captioning: METEOR and SPICE as well, through pycocoevalcap.
+        meteor, spice: captioning: these figures as well, by Java through pycocoevalcap.
         vqa: how a question is answered; auto takes what the model was fine-tuned for, else rank.
         answers: vqa: frequent answers that the classifier knows.
         ranked: vqa by rank: frequent answers that are compared.
@@ -50,7 +50,8 @@ class TaskOptions(Section):
     beams: int = 3
     max_length: int | None = None
     length_penalty: float = 1.0
-    java: bool = False
+    meteor: bool = False
+    spice: bool = False
     vqa: Literal["auto", "classify", "generate", "rank"] = "auto"
     answers: int = 3129
     ranked: int = 100
@@ -92,7 +93,8 @@ TASKS_OF_OPTIONS = {
     "beams": ("captioning", "vqa"),
     "length_penalty": ("captioning", "vqa"),
     "max_length": ("captioning",),
-    "java": ("captioning",),
+    "meteor": ("captioning",),
+    "spice": ("captioning",),
     "vqa": ("vqa",),
     "answers": ("vqa",),
     "ranked": ("vqa",),

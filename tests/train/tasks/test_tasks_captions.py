@@ -3,14 +3,16 @@
 import json
 import math
 import random
+import shutil
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 
+from train.data import open_dataset
 from train.tasks.bleu import bleu
 from train.tasks.cider import CiderD, cider_d
-from train.tasks.coco_java import differing
+from train.tasks.coco_java import differing, meteor, require_java
 from train.tasks.ptb import ptb_words
 from train.tasks.rouge import common_length, rouge_l
 
@@ -104,22 +106,28 @@ def test_frequencies_counted_once_serve_other_captions():
     assert scorer.score(("unseen", "words"), [("unseen", "words")]) > scorer.score(("a", "dog"), [("unseen", "words")])
 
 
-@pytest.mark.full
-def test_against_pycocoevalcap_and_java(tmp_path):
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    from train.data import open_dataset
-
+@pytest.fixture(scope="module")
+def written():
+    """Captions of scenes, some of them shuffled, cut or of another scene, and the references they are held against."""
     rng = random.Random(0)
-    texts = [sample.captions for sample in (open_dataset("scenes", "val")[i] for i in range(300))]
+    scenes = open_dataset("scenes", "val")
+    texts = [scenes.captions(i) for i in range(300)]
     candidates, references = [], []
     for i, captions in enumerate(texts):
         words = list(ptb_words(captions[0] if i % 3 else rng.choice(texts)[1]))
         rng.shuffle(words) if i % 5 == 0 else None
         candidates.append(tuple(words[: rng.randint(0, 2)] if i % 50 == 0 else words))
         references.append([ptb_words(caption) for caption in captions[1:]])
+    return candidates, references
+
+
+@pytest.mark.full
+def test_against_pycocoevalcap(written):
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    candidates, references = written
     truth = {i: [" ".join(words) for words in refs] for i, refs in enumerate(references)}
     given = {i: [" ".join(words)] for i, words in enumerate(candidates)}
     ours = bleu(candidates, references)
@@ -128,4 +136,17 @@ def test_against_pycocoevalcap_and_java(tmp_path):
     assert [s[3] for s in ours.captions] == pytest.approx(each[3], abs=1e-6)
     assert cider_d(candidates, references) == pytest.approx(list(Cider().compute_score(truth, given)[1]), abs=1e-6)
     assert rouge_l(candidates, references) == pytest.approx(list(Rouge().compute_score(truth, given)[1]), abs=1e-6)
-    assert differing([caption for said in texts for caption in said] + [caption for caption, _ in CASES]) == []
+
+
+@pytest.mark.full
+def test_words_and_meteor_by_java(written):
+    if shutil.which("java") is None:
+        pytest.skip("there is no command java")
+    require_java(spice=False)
+    candidates, references = written
+    captions = [caption for i in range(300) for caption in open_dataset("scenes", "val").captions(i)]
+    assert differing(captions + [caption for caption, _ in CASES]) == []
+    own = [[words] for words in candidates]
+    assert (
+        meteor(candidates, references) < meteor([refs[0] for refs in references], references) < meteor(candidates, own)
+    )
