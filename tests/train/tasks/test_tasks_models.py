@@ -13,7 +13,7 @@ from sycoca.config import CaptionDecoderConfig, ImageDecoderConfig, ModelConfig,
 from sycoca.model import SyCoCa
 from sycoca.tokenizer import Tokenizer
 from tests.sycoca.micro import uniform
-from train.data import open_dataset
+from train.data import Source, open_dataset
 from train.data.sample import Skipped
 from train.tasks.cider import CiderD
 from train.tasks.heads import AnswerHead, Head, LabelHead, answer_logits, load_head, save_task
@@ -107,7 +107,7 @@ def test_retrieval_counts_every_caption(model, tokenizer):
 def test_an_unusable_source_is_said(model, tokenizer):
     from train.data.sample import BadSample
 
-    class Broken:
+    class Broken(Source):
         name, skipped = "broken", Skipped()
 
         def __len__(self):
