@@ -224,9 +224,23 @@ def random_image(
         (size, size, 3) uint8.
     """
     image = as_pil(image)
-    left, top, w, h = random_crop_box(*image.size, draws, scale, ratio)
-    crop = image.crop((left, top, left + w, top + h))
-    return np.array(crop.resize((size, size), Image.Resampling.BICUBIC))
+    return resized_crop(image, random_crop_box(*image.size, draws, scale, ratio), size)
+
+
+def resized_crop(image: Image.Image | np.ndarray, crop: tuple[int, int, int, int], size: int) -> np.ndarray:
+    """A part of an image as a square, proportions not kept.
+
+    Args:
+        image: RGB PIL image or (height, width, 3) uint8.
+        crop: left, top, width, height in pixels, inside the image.
+        size: side in pixels.
+
+    Returns:
+        (size, size, 3) uint8.
+    """
+    left, top, width, height = crop
+    part = as_pil(image).crop((left, top, left + width, top + height))
+    return np.array(part.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _scale_and_shift(device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,15 +12,22 @@ from train.data.spec import SourceSpec, check_source, parse_spec
 from train.data.tables import Table
 
 if TYPE_CHECKING:
-    from train.data.loader import LoadedBatch, Loader, batches
+    from train.data.ahead import Loader
+    from train.data.loader import LoadedBatch, batches
+    from train.data.region_batches import LoadedRegions, region_batches
 
 # These import torch; a wrong specification must be told before that.
-_LAZY = dict.fromkeys(("LoadedBatch", "Loader", "batches"), "train.data.loader")
+_LAZY = {
+    "Loader": "train.data.ahead",
+    **dict.fromkeys(("LoadedBatch", "batches"), "train.data.loader"),
+    **dict.fromkeys(("LoadedRegions", "region_batches"), "train.data.region_batches"),
+}
 
 __all__ = [
     "BadSample",
     "DataError",
     "LoadedBatch",
+    "LoadedRegions",
     "Loader",
     "Question",
     "Region",
@@ -32,6 +39,7 @@ __all__ = [
     "open_dataset",
     "parse_spec",
     "readable",
+    "region_batches",
 ]
 
 

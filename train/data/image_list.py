@@ -203,6 +203,9 @@ class ImageList(Source):
         for captions in self._captions[:limit]:
             yield from captions
 
+    def region_count(self, index: int) -> int:
+        return len(self._regions.of(self._images[index], self._images) or ())
+
     def ready(self) -> None:
         self._regions.of("", self._images)
 

@@ -5,30 +5,23 @@
     caption, crop, mask seed  functions of (seed, e, sample)
     stand-in for a bad one    mix(seed, e, position, attempt) mod n
 
-The end of an epoch that does not fill a global batch is left out. Workers change who does the work, never the result.
+The end of an epoch that does not fill a global batch is left out.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import warnings
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sycoca.images import center_image, normalise, random_image
+from train.data.ahead import Fault, Loader, Maker, Tickets
 from train.data.order import CAPTION, CROP, SEED, STAND_IN, mix, mix_array
-from train.data.sample import BadSample, DataError, Skipped, Source
+from train.data.sample import BadSample, DataError, Source
 
 _ATTEMPTS = 100
-_PREFETCH = 3
-# Global batches between asking a far source for samples and using them.
-_AHEAD = 32
 
 
 class LoadedBatch(NamedTuple):
@@ -47,21 +40,12 @@ class LoadedBatch(NamedTuple):
     index: int
 
 
-class _Made(NamedTuple):
-    """A batch, or why there is none, and what making it found unusable: (key, cause, index) of samples, and parts."""
-
-    batch: LoadedBatch | DataError
-    faults: list[tuple[str, str, int]]
-    parts: dict[str, tuple[str, str]]
-
-
-class _Maker(Dataset):
-    """Makes the batch of a (epoch, index); holds no state that a batch could depend on."""
+class _Pairs(Maker):
+    """Makes batches of images with one caption each."""
 
     def __init__(self, source: Source, tokenizer, order: dict[str, int], form: dict[str, Any]) -> None:
-        self.source = source
+        super().__init__(source, order["seed"])
         self.tokenizer = tokenizer
-        self.seed = order["seed"]
         self.global_batch = order["global_batch"]
         self.local = order["global_batch"] // order["world"]
         self.first = order["rank"] * self.local
@@ -70,24 +54,11 @@ class _Maker(Dataset):
         self.crop_scale = form["crop_scale"]
         self.flip = form["flip"]
         self.normalised = form["normalised"]
-        self._told = len(source.skipped.parts)
 
-    def __getitem__(self, ticket: tuple[int, int]) -> _Made:
-        faults: list[tuple[str, str, int]] = []
-        # Raised in a worker, an error would come out as the text of its traceback.
-        try:
-            batch = self._batch(*ticket, faults)
-        except DataError as error:
-            batch = error
-        parts = self.source.skipped.parts_from(self._told)
-        self._told += len(parts)
-        return _Made(batch, faults, parts)
-
-    def _batch(self, epoch: int, index: int, faults: list[tuple[str, str, int]]) -> LoadedBatch:
+    def make(self, epoch: int, index: int, faults: list[Fault]) -> LoadedBatch:
         positions = index * self.global_batch + self.first + np.arange(self.local)
         chosen = self.source.order(epoch, positions, self.seed)
-        if self.source.far:
-            self._look_ahead(epoch, positions)
+        self.look_ahead(epoch, positions, self.global_batch)
         pictures = np.empty((self.local, self.image_size, self.image_size, 3), dtype=np.uint8)
         captions, keys = [], []
         for row, position in enumerate(positions.tolist()):
@@ -119,13 +90,6 @@ class _Maker(Dataset):
             index,
         )
 
-    def _look_ahead(self, epoch: int, positions: np.ndarray) -> None:
-        size = len(self.source)
-        epochs, later = np.divmod(positions + _AHEAD * self.global_batch, size)
-        if epochs.max(initial=0) < 2:
-            for turn in (0, 1):
-                self.source.prefetch(self.source.order(epoch + turn, later[epochs == turn], self.seed))
-
     def _sample(self, epoch: int, number: int) -> tuple[np.ndarray, str, str]:
         index = number + epoch * len(self.source) if self.source.fresh else number
         image, caption, key = self.source.pair(index, mix(self.seed, epoch, number, CAPTION))
@@ -137,81 +101,6 @@ class _Maker(Dataset):
         # The last draw, so that crops are the same with and without it.
         mirrored = self.flip > 0 and draws.random() < self.flip
         return picture[:, ::-1] if mirrored else picture, caption, key
-
-
-class _Tickets(Sampler):
-    """(epoch, index) from a starting place on."""
-
-    def __init__(self, epoch: int, start: int, per_epoch: int, epochs: int | None) -> None:
-        self.epoch, self.start, self.per_epoch, self.epochs = epoch, start, per_epoch, epochs
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, index = self.epoch, self.start
-        while self.epochs is None or epoch < self.epochs:
-            if index < self.per_epoch:
-                yield epoch, index
-                index += 1
-            else:
-                epoch, index = epoch + 1, 0
-
-
-def _as_is(made):
-    return made
-
-
-def _start_worker(_: int) -> None:
-    # Signals are the main process's to handle; a fork of a process that used threads must not use them again.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-
-
-class Loader:
-    """An iterator of `LoadedBatch`; `skipped` accounts for what was left out so far."""
-
-    def __init__(self, maker: _Maker, tickets: _Tickets, workers: int, pin_memory: bool) -> None:
-        self.skipped = Skipped()
-        self.batches_per_epoch = tickets.per_epoch
-        with warnings.catch_warnings():
-            # More workers than cores, forking beside threads: chosen, and safe with workers that run one thread.
-            warnings.simplefilter("ignore")
-            loader = DataLoader(
-                maker,
-                batch_size=None,
-                sampler=tickets,
-                num_workers=workers,
-                collate_fn=_as_is,
-                pin_memory=pin_memory,
-                worker_init_fn=_start_worker,
-                prefetch_factor=_PREFETCH if workers else None,
-                persistent_workers=False,
-                # A generator of its own keeps the process's random state out of the loader's hands.
-                generator=torch.Generator(),
-            )
-            self._made = iter(loader)
-
-    def __iter__(self) -> Loader:
-        return self
-
-    def __next__(self) -> LoadedBatch:
-        if self._made is None:
-            raise StopIteration
-        made = next(self._made)
-        for key, cause, index in made.faults:
-            self.skipped.sample(key, cause, index)
-        self.skipped.add_parts(made.parts)
-        if isinstance(made.batch, DataError):
-            raise made.batch
-        return made.batch
-
-    def close(self) -> None:
-        """Ends the workers."""
-        made, self._made = self._made, None
-        shutdown = getattr(made, "_shutdown_workers", None)
-        if shutdown is not None:
-            shutdown()
 
 
 def batches(
@@ -275,7 +164,5 @@ def batches(
         "flip": flip,
         "normalised": normalised,
     }
-    if pin_memory is None:
-        pin_memory = torch.cuda.is_available()
-    maker = _Maker(dataset, tokenizer, order, form)
-    return Loader(maker, _Tickets(epoch, start, per_epoch, epochs), workers, pin_memory)
+    maker = _Pairs(dataset, tokenizer, order, form)
+    return Loader(maker, Tickets(epoch, start, per_epoch, epochs), workers, pin_memory)

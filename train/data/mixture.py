@@ -89,6 +89,10 @@ class Mixture(Source):
         part, inner = self._find(index)
         return part.encoded(inner)
 
+    def region_count(self, index: int) -> int:
+        part, inner = self._find(index)
+        return part.region_count(inner)
+
     def texts(self, limit: int | None = None):
         # A tokenizer sees the sources in the shares in which training does.
         for part, places in zip(self._parts, self._places):

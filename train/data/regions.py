@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import zlib
 from collections.abc import Sequence
@@ -13,6 +14,21 @@ from train.data.sample import Region, Source
 
 _NAMES = ("regions.jsonl.gz", "regions.jsonl")
 _BOX_SLACK = 1e-3
+
+
+def box_fault(box: Sequence[float]) -> str | None:
+    """What is wrong with a box (x0, y0, x1, y1) in 0..1 of its image, in words that many share."""
+    if not all(math.isfinite(side) for side in box):
+        return "box of a region is not four numbers"
+    x0, y0, x1, y1 = box
+    if x0 > x1 or y0 > y1:
+        return "box of a region has swapped corners"
+    # A writer's rounding may put a side just outside.
+    if not all(-_BOX_SLACK <= side <= 1 + _BOX_SLACK for side in box):
+        return "box of a region is outside its image"
+    if min(1.0, x1) <= max(0.0, x0) or min(1.0, y1) <= max(0.0, y0):
+        return "box of a region has no area"
+    return None
 
 
 def read_region(item) -> Region:
@@ -26,12 +42,9 @@ def read_region(item) -> Region:
         raise ValueError("phrase of a region is not UTF-8")
     if not isinstance(box, list) or len(box) != 4 or any(type(side) not in (int, float) for side in box):
         raise ValueError("box of a region is not four numbers")
-    # A writer's rounding may put a side just outside.
-    if not all(-_BOX_SLACK <= side <= 1 + _BOX_SLACK for side in box):
-        raise ValueError("box of a region is outside its image")
+    if fault := box_fault(box):
+        raise ValueError(fault)
     x0, y0, x1, y1 = (min(1.0, max(0.0, float(side))) for side in box)
-    if x0 >= x1 or y0 >= y1:
-        raise ValueError("box of a region has no area")
     if type(caption) is not int:
         raise ValueError("caption of a region is not a whole number")
     attributes = item.get("attributes")

@@ -220,6 +220,10 @@ class Source:
         sample = self[index]
         return sample.image, sample.captions, sample.key
 
+    def region_count(self, index: int) -> int:
+        """How many regions a sample lists, where that is known without touching the image; raises BadSample."""
+        return len(self[index].regions or ())
+
     def texts(self, limit: int | None = None):
         """The captions alone, of the first `limit` samples, without touching an image: food for a tokenizer."""
         raise NotImplementedError

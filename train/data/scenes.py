@@ -229,6 +229,9 @@ class Scenes(Source):
         scene = make_scene(self.seed, number)
         return draw_scene(scene, self.image_size), self._captions(scene, number), self._key(index)
 
+    def region_count(self, index: int) -> int:
+        return len(self.scene(index).things)
+
     def texts(self, limit: int | None = None):
         for index in range(min(len(self), VOCABULARY_SCENES, len(self) if limit is None else limit)):
             yield from self.captions(index)

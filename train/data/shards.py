@@ -320,6 +320,10 @@ class Shards(Source):
     def captions(self, index: int) -> tuple[str, ...]:
         return self._words(index)[0]
 
+    def region_count(self, index: int) -> int:
+        found = self._words(index)[2].get("regions")
+        return len(found) if isinstance(found, list) else 0
+
     def texts(self, limit: int | None = None):
         for index in range(min(len(self), limit or len(self))):
             try:
