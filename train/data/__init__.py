@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.data.classes import ClassFolders
 from train.data.coco import CocoCaptions, KarpathyCaptions, annotation_file
 from train.data.sample import BadSample, DataError, Question, Region, Sample, Skipped, Source, readable
-from train.data.spec import SourceSpec, check_source, parse_spec
+from train.data.spec import SourceSpec, check_source, lines_of, parse_spec
 from train.data.tables import Table
 
 if TYPE_CHECKING:
     from train.data.ahead import Loader
     from train.data.loader import LoadedBatch, batches
-    from train.data.region_batches import LoadedRegions, region_batches
 
 # These import torch; a wrong specification must be told before that.
 _LAZY = {
     "Loader": "train.data.ahead",
     **dict.fromkeys(("LoadedBatch", "batches"), "train.data.loader"),
-    **dict.fromkeys(("LoadedRegions", "region_batches"), "train.data.region_batches"),
 }
 
 __all__ = [
     "BadSample",
     "DataError",
     "LoadedBatch",
-    "LoadedRegions",
     "Loader",
     "Question",
     "Region",
@@ -39,7 +37,6 @@ __all__ = [
     "open_dataset",
     "parse_spec",
     "readable",
-    "region_batches",
 ]
 
 
@@ -91,6 +88,11 @@ def _opened(parsed: SourceSpec, split: str, seed: int, image_size: int | None, w
 
         shards = find_shards(parsed.shards, parsed.path, options.pop("index", None))
         return Shards(parsed.text, shards, split, whole=whole, **options)
+    if parsed.kind == "lines":
+        from train.data.region_lines import Lines
+
+        paths = [Path(name) for name in parsed.shards] or lines_of(parsed.path)
+        return Lines(parsed.text, paths, split, whole=whole, **options)
     if parsed.kind == "coco":
         year = options.pop("year", None)
         if parsed.path.is_dir():

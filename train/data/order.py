@@ -98,3 +98,15 @@ def shuffled(positions: np.ndarray, size: int, key: int) -> np.ndarray:
         words[outside] = (left << half) | right
         outside = outside[words[outside] >= np.uint64(size)]
     return words.astype(np.int64)
+
+
+def held_out_rows(words: np.ndarray, share: float) -> np.ndarray:
+    """Which rows validation gets, (n,) bool, where each is told by a hash (n,) uint64 and a list has no splits."""
+    held = words < np.uint64(int(share * 2**64))
+    # Retrieval among the held-out images needs two.
+    least = max(0, min(2, len(words) - 1))
+    if held.sum() < least:
+        held[np.argsort(words, kind="stable")[:least]] = True
+    if len(words) > 1 and held.all():
+        held[np.argmax(words)] = False
+    return held

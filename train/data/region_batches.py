@@ -285,7 +285,7 @@ def region_batches(
         rank: of this process.
         world: processes that share each global batch.
         epoch: where to begin.
-        start: global batches of that epoch already seen.
+        start: global batches already seen from there; as many as an epoch has end it.
         epochs: the epoch to end before; None goes on for ever.
         workers: processes that make batches ahead; 0 makes each when it is asked for.
         max_regions: elements of an image, at most, its whole-image caption among them.
@@ -318,8 +318,9 @@ def region_batches(
             f"data source '{dataset.name}': {len(dataset)} images of {per_image:.1f} elements each do not fill a "
             f"region batch of {elements}"
         )
-    if epoch < 0 or not 0 <= start <= per_epoch:
-        raise ValueError(f"region batches: no batch {start} in epoch {epoch}; an epoch has {per_epoch}")
+    if epoch < 0 or start < 0:
+        raise ValueError(f"region batches: no batch {start} in epoch {epoch}")
+    epoch, start = epoch + start // per_epoch, start % per_epoch
     local = packs // world
     form = Form(image_size, tuple(grid), context_length, max_regions, whole_share, crop, flip)
     maker = _Elements(dataset, tokenizer, seed, form, _Plan(pack, images, packs, rank * local, local))

@@ -22,7 +22,7 @@ import numpy as np
 
 from train.data.fetch import FetchError
 from train.data.image_list import VAL_SHARE, hash_share
-from train.data.order import ORDER, mix, mix_array, shuffled
+from train.data.order import ORDER, held_out_rows, mix, mix_array, shuffled
 from train.data.paths import told
 from train.data.regions import read_region
 from train.data.sample import BadSample, DataError, Region, Sample, Skipped, Source, caption_fault
@@ -141,13 +141,7 @@ class Shards(Source):
         for number, shard in enumerate(self._shards):
             start, end = self._starts[number], self._starts[number + 1]
             words[start:end] = mix_array(int(hash_share(shard.name) * 2**63), np.arange(end - start))
-        held = words < np.uint64(int(val_share * 2**64))
-        least = max(0, min(2, len(words) - 1))
-        if held.sum() < least:
-            held[np.argsort(words, kind="stable")[:least]] = True
-        if len(words) > 1 and held.all():
-            held[np.argmax(words)] = False
-        return np.flatnonzero(held == (self.split == "val"))
+        return np.flatnonzero(held_out_rows(words, val_share) == (self.split == "val"))
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._rows is None else len(self._rows)

@@ -6,8 +6,10 @@ SOURCE = "scenes"                                    rendered scenes, no files
        | ["coco:"] PATH.json | FOLDER                COCO captions, or a folder with annotations/captions_train*.json
        | ["karpathy:"] PATH.json                     Karpathy's splits
        | ["shards:"] SHARDS | FOLDER                 WebDataset shards, or a folder with the index.json of some
+       | ["lines:"] LINES | FOLDER                   JSON lines of images, captions and boxes, or a folder of them
        | ["classes:"] FOLDER                         folders of images by class
 SHARDS = PATH.tar | "http(s)://" URL.tar | "pipe:" COMMAND, with {000..099} and {a,b} for several
+LINES  = PATH.jsonl                                  likewise; `train.data.region_lines` says what a line holds
 MIX    = SPEC "=" WEIGHT {"," SPEC "=" WEIGHT}
 
 Without its prefix a source is known by its ending and its content.
@@ -27,13 +29,15 @@ from train.data.paths import nearest_path, quoted_nearest, told
 from train.data.sample import DataError
 from train.data.table_header import header_columns
 
+LINES_SUFFIX = ".jsonl"
 TABLE_SUFFIXES = (".tsv", ".csv")
 FOLDER_TABLE = "captions.tsv"
 INDEX = "index.json"
-KINDS = ("scenes", "table", "coco", "karpathy", "shards", "classes")
+REGIONS_BESIDE = "regions.jsonl"
+KINDS = ("scenes", "table", "coco", "karpathy", "shards", "lines", "classes")
 REMOTE = ("http://", "https://", "pipe:")
-_PREFIX = re.compile(r"(table|coco|karpathy|shards|classes):(.*)", re.DOTALL)
-_GIVE = "'scenes', a .tsv, .csv or .json file, .tar shards, or a folder that holds one of them"
+_PREFIX = re.compile(r"(table|coco|karpathy|shards|lines|classes):(.*)", re.DOTALL)
+_GIVE = "'scenes', a .tsv, .csv, .json or .jsonl file, .tar shards, or a folder that holds one of them"
 
 # Splits of generated data lie this far apart.
 _MOST = 1 << 40
@@ -81,6 +85,7 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         "cache": (str, "a folder"),
         "window": (_count, "a whole number of at least 1"),
     },
+    "lines": {**_IMAGES, **_VAL_SHARE},
     "classes": {**_VAL_SHARE, "template": (_template, "a caption with {} in it")},
 }
 
@@ -89,8 +94,8 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
 class SourceSpec:
     """One parsed source.
 
-    `path` is the file or folder; `shards` the names of shards given one by one; `parts` and `weights` belong to a
-    mixture.
+    `path` is the file or folder; `shards` the names of shards or of files of lines, given one by one; `parts` and
+    `weights` belong to a mixture.
     """
 
     kind: str
@@ -168,9 +173,10 @@ def _parsed(spec: str) -> SourceSpec:
         return SourceSpec("scenes", spec, options=_parse_options("scenes", tail, spec) if mark else {})
     path = Path(source).expanduser()
     if not path.exists() and "{" in source:
-        return _listed_shards(spec, source, _parse_options("shards", tail, spec) if mark else {})
+        return _listed_files(spec, source, tail)
     kind, path = _kind(path, asked, source, spec)
-    shards = (str(path),) if kind == "shards" and path.suffix == ".tar" else ()
+    listed = (kind == "shards" and path.suffix == ".tar") or (kind == "lines" and not path.is_dir())
+    shards = (str(path),) if listed else ()
     return SourceSpec(kind, spec, path, _parse_options(kind, tail, spec) if mark else {}, shards)
 
 
@@ -182,14 +188,16 @@ def _remote(spec: str, rest: str) -> SourceSpec:
     return SourceSpec("shards", spec, options=options, shards=tuple(expand(source)))
 
 
-def _listed_shards(spec: str, source: str, options: dict[str, Any]) -> SourceSpec:
+def _listed_files(spec: str, source: str, tail: str) -> SourceSpec:
     names = [str(Path(name).expanduser()) for name in expand(source)]
+    kind, ending = ("lines", LINES_SUFFIX) if names[0].endswith(LINES_SUFFIX) else ("shards", ".tar")
+    options = _parse_options(kind, tail, spec) if tail else {}
     for name in names:
-        if not name.endswith(".tar"):
-            raise DataError(f"data source {spec!r}: shards end in .tar, '{name}' does not")
+        if not name.endswith(ending):
+            raise DataError(f"data source {spec!r}: {kind} end in {ending}, '{name}' does not")
         if not Path(name).is_file():
             raise DataError(f"data source {spec!r}: no file '{name}'{nearest_path(Path(name))}")
-    return SourceSpec("shards", spec, Path(names[0]).parent, options, tuple(names))
+    return SourceSpec(kind, spec, Path(names[0]).parent, options, tuple(names))
 
 
 def _kind(path: Path, asked: str | None, source: str, spec: str) -> tuple[str, Path]:
@@ -204,7 +212,7 @@ def _kind(path: Path, asked: str | None, source: str, spec: str) -> tuple[str, P
         kind, path = _folder_kind(path, asked)
     else:
         suffix = path.suffix.lower()
-        kind = "table" if suffix in TABLE_SUFFIXES else "shards" if suffix == ".tar" else None
+        kind = {".tar": "shards", LINES_SUFFIX: "lines"}.get(suffix, "table" if suffix in TABLE_SUFFIXES else None)
         if suffix == ".json":
             kind = "shards" if path.name == INDEX or asked == "shards" else None
             kind = kind or asked or ("karpathy" if looks_like_karpathy(path) else "coco")
@@ -226,6 +234,8 @@ def _folder_kind(path: Path, asked: str | None) -> tuple[str, Path]:
         return "shards", path / INDEX
     if asked in (None, "coco") and annotation_files(path):
         return "coco", path
+    if asked in (None, "lines") and lines_of(path):
+        return "lines", path
     if asked in (None, "classes") and has_classes(path):
         return "classes", path
     if asked is not None:
@@ -241,6 +251,11 @@ def _folder_kind(path: Path, asked: str | None) -> tuple[str, Path]:
     near = tables or jsons
     hint = f"; did you mean '{path / near[0]}'?" if near else f"; a folder needs a {FOLDER_TABLE}"
     raise DataError(f"data source: no {FOLDER_TABLE} in folder '{path}'{hint}")
+
+
+def lines_of(folder: Path) -> list[Path]:
+    """The files of JSON lines in a folder, but for the boxes that lie beside a list."""
+    return sorted(p for p in folder.glob(f"*{LINES_SUFFIX}") if p.name != REGIONS_BESIDE)
 
 
 def brace(names: list[str]) -> str:
@@ -267,6 +282,6 @@ def check_source(spec: str) -> SourceSpec:
     for part in parsed.parts or (parsed,):
         if part.kind == "table":
             header_columns(part.path)
-        if part.kind in ("table", "coco", "karpathy"):
+        if part.kind in ("table", "coco", "karpathy", "lines"):
             check_images(part.path, part.options.get("images"))
     return parsed

@@ -260,7 +260,8 @@ BAD_REGIONS = {
     "region without a phrase": {"phrase": None, "bbox": [0, 0, 1, 1]},
     "box of a region is not four numbers": {"phrase": "a", "bbox": ["a", 0, 1, 1]},
     "box of a region is outside its image": {"phrase": "a", "bbox": [0, 0, 10, float("nan")]},
-    "box of a region has no area": {"phrase": "a", "bbox": [0.9, 0, 0.1, 1]},
+    "box of a region has no area": {"phrase": "a", "bbox": [0.9, 0, 0.9, 1]},
+    "box of a region has swapped corners": {"phrase": "a", "bbox": [0.9, 0, 0.1, 1]},
     "caption of a region is not a whole number": {"phrase": "a", "bbox": [0, 0, 1, 1], "caption": None},
 }
 

@@ -10,8 +10,8 @@ import torch
 from sycoca.images import normalise
 from sycoca.regions import cells
 from sycoca.tokenizer import Tokenizer
-from train.data import DataError, open_dataset, region_batches
-from train.data.region_batches import text_id
+from train.data import DataError, open_dataset
+from train.data.region_batches import region_batches, text_id
 from train.data.sample import BadSample, Region, Sample, Skipped, Source
 
 SIZE, GRID = 24, (3, 3)
@@ -116,12 +116,13 @@ def test_ranks_share_each_global_batch(world):
 
 
 def test_any_place_can_be_resumed_from():
-    source = Boxes(MIXED)
+    source = Boxes(MIXED[:48])
     whole = take(9, source)
     assert len({batch.epoch for batch in whole}) > 1
     for done in (1, 4, 6):
         last = whole[done - 1]
         assert all(map(same, whole[done:], take(9 - done, source, epoch=last.epoch, start=last.index + 1)))
+        assert all(map(same, whole[done:], take(9 - done, source, start=done)))
 
 
 def test_equal_phrases_have_equal_ids_wherever_they_are():
@@ -210,8 +211,9 @@ def test_sources_that_cannot_fill_a_batch_are_refused_in_one_line():
         take(1, Boxes([3] * 4), elements=64)
     with pytest.raises(ValueError, match="no whole number of packs"):
         take(1, Boxes(MIXED), elements=32, world=4)
-    with pytest.raises(DataError, match="1 usable images found for 16 elements, 12 short"):
-        take(1, Boxes([-1] * 3 + [3]), elements=16)
+    with pytest.raises(DataError, match="1 usable images found for 8 elements, 4 short"):
+        broken = {i: [(0.5, 0.5, 0.5, 0.9)] * 3 for i in range(9) if i != 4}
+        take(1, Boxes([0, 0, 0, 0, 3, 0, 0, 0, 0], faulty=broken), elements=8, pack=8)
 
 
 def test_the_last_images_of_a_small_source_still_fill_a_batch():
