@@ -222,12 +222,19 @@ class Lines(Source):
         elems = self._entry(index)[0].get("elems")
         return len(elems) if isinstance(elems, list) else 0
 
-    def pair(self, index: int, pick: int):
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._captions(*self._entry(index))
+
+    def captioned(self, index: int):
         entry, where = self._entry(index)
         captions = self._captions(entry, where)
         if not captions:
             raise BadSample("line without a usable caption", where)
         image, key = self._image(entry, where)
+        return image, captions, key
+
+    def pair(self, index: int, pick: int):
+        image, captions, key = self.captioned(index)
         return image, captions[pick % len(captions)], key
 
     def encoded(self, index: int) -> tuple[bytes, str]:

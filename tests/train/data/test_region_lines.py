@@ -45,6 +45,7 @@ def test_a_line_of_regions(tmp_path):
     assert window.attributes == {"phrases": ("closed window", "big window")}
     assert source.region_count(0) == 2 and source.pair(0, 3)[1:] == ("two", "a.png")
     assert list(source.texts()) == ["one", "two", "a red box", "closed window"]
+    assert source.captions(0) == ("one", "two") and source.captioned(0)[1:] == (("one", "two"), "a.png")
     assert not source.skipped
 
 
