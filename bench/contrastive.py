@@ -79,6 +79,25 @@ def measure_siglip(
     return _measure("fused_siglip_loss", losses, features(B, D, dtype, device, 2), 3, rounds, file)
 
 
+def measure_small(B: int, D: int, device: torch.device, *, rounds: int, file: str | None) -> list[dict[str, Any]]:
+    """Time of both losses at a size where calls cost as much as products: what `auto` takes, and the plain forms."""
+    measured = []
+    for loss, scalars in ((kernels.fused_itc_loss, 1), (kernels.fused_siglip_loss, 2)):
+        inputs = features(B, D, torch.float32, device, scalars)
+        losses = {"ours": loss, "ours, cpu": partial(loss, impl="cpu"), "reference": partial(loss, impl="reference")}
+        peers = contrastive_peers(device) if scalars == 1 else siglip_peers(device)
+        losses |= {name: peer for name, peer in peers.items() if name in ("open_clip", "eager")}
+        timings = interleaved({name: step(each, inputs) for name, each in losses.items()}, rounds)
+        shape = {
+            "operator": f"fused_{'itc' if scalars == 1 else 'siglip'}_loss, small",
+            "B": B,
+            "D": D,
+            "dtype": "float32",
+        }
+        measured += [{**shape, "case": name, **timing._asdict()} for name, timing in timings.items()]
+    return [rows.write(file, **row) for row in measured] if file else measured
+
+
 def _measure(
     operator: str, losses: dict, inputs: tuple[Tensor, ...], products: int, rounds: int, file: str | None
 ) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ def _accuracy(dtype: torch.dtype) -> None:
 
 
 SHORT: dict[str, Callable[[], object]] = {
+    **{f"small {B}": partial(contrastive.measure_small, B, 256, CPU, rounds=21, file=FILE) for B in (32, 128, 512)},
     **{f"fp32 {B}": partial(_itc, B, FP32) for B in (1024, 2048, 4096)},
     "bf16 1024": partial(_itc, 1024, BF16, 1, BF16_PEERS),
     **{f"bf16 {B}": partial(_itc, B, BF16, 3, ()) for B in (2048, 4096)},

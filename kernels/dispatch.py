@@ -98,16 +98,21 @@ def explain(operator: str, device: torch.device | str = "cpu") -> Choice:
 
 def select(operator: str, impl: str, device: torch.device, **sizes: int) -> str:
     """Name of the implementation to run on tensors of `device`; `sizes` are what `tuning.py` decides by."""
-    declared = _declared(operator)
     if impl == "auto":
-        runnable = tuple(name for name in declared if _obstacle(name, device) is None)
-        return tuning.preferred(operator, device, runnable, **sizes)
+        return tuning.preferred(operator, device, _runnable(operator, device, interpreting()), **sizes)
+    declared = _declared(operator)
     if impl not in declared:
         raise ValueError(f"{operator}: impl must be 'auto' or one of {', '.join(declared)}, got {impl!r}")
     obstacle = _obstacle(impl, device)
     if obstacle is not None:
         raise ValueError(f"{operator}: impl={impl!r} {obstacle}")
     return impl
+
+
+@functools.cache
+def _runnable(operator: str, device: torch.device, interpreted: bool) -> tuple[str, ...]:
+    # Asked for at every call, where tens of microseconds are the whole cost of a small problem.
+    return tuple(name for name in _declared(operator) if _obstacle(name, device) is None)
 
 
 def require(condition: bool, operator: str, limit: str, value: object, error: type[Exception] = ValueError) -> None:

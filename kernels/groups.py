@@ -34,6 +34,11 @@ class Layout(NamedTuple):
         return sum(self.counts[: self.rank])
 
     @property
+    def pairs(self) -> int:
+        """Logits that a rank forms, on average: the same figure on all ranks, whatever the share of each."""
+        return self.total * -(-self.total // self.world_size)
+
+    @property
     def rows(self) -> slice:
         return slice(self.offset, self.offset + self.counts[self.rank])
 

@@ -8,12 +8,13 @@ products more. Nothing quadratic is stored. Derivation: `kernels/README.md`.
 """
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from kernels import dispatch, groups, itc_ops, itc_ring, reference
+from kernels import dispatch, groups, itc_ops, itc_ring, itc_small, reference, tuning
 
 _NAME = "fused_itc_loss"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,7 +70,10 @@ def fused_itc_loss(
     dispatch.require(not (alone and counts is not None), _NAME, "counts belong to a group without a handle", counts)
     layout = handle.layout if handle else groups.exchange_layout(_NAME, image.shape[0], image.device, group, counts)
     dispatch.require(layout.total >= 1, _NAME, "the batch must hold at least one pair", layout.total)
-    chosen = dispatch.select(_NAME, impl, image.device, size=image.shape[0] * layout.total)
+    product = groups.product_dtype(image)
+    # The plain form rounds 16-bit logits.
+    size = layout.pairs if product == torch.float32 else sys.maxsize
+    chosen = dispatch.select(_NAME, impl, image.device, size=size)
     if torch.float64 in (image.dtype, text.dtype):
         dispatch.require(impl in ("auto", "reference"), _NAME, f"{impl} takes no float64", image.dtype, TypeError)
         chosen = "reference"
@@ -77,8 +81,11 @@ def fused_itc_loss(
         return _plain(image, text, logit_scale, ids, label_smoothing, layout, group)
     dispatch.require(not (handle and schedule == "ring"), _NAME, "a ring does not take gathered texts", schedule)
     gathered = handle.wait() if handle else None
+    plain = layout.world_size == 1 and ids is None and label_smoothing == 0 and scratch_bytes is None
+    if chosen == "cpu" and plain and layout.pairs <= tuning.WHOLE_MATRIX_PAIRS:
+        return itc_small.loss(image, text, logit_scale, product)
     ring = schedule == "ring" and layout.world_size > 1
-    settings = groups.product_dtype(image), scratch_bytes or 0, chosen
+    settings = product, scratch_bytes or 0, chosen
     return _fused(image, text, logit_scale, ids, label_smoothing, layout, group, ring, gathered, settings)
 
 

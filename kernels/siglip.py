@@ -8,11 +8,13 @@ quadratic is stored.
 """
 
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
 
 from kernels import dispatch, groups, reference
+from kernels.scaled import scale_gradients
 
 _NAME = "fused_siglip_loss"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -71,16 +73,6 @@ def _(value, *rest):
     return torch.empty_like(value)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::siglip_scale_grads", mutates_args=())
-def _scale_grads_op(dloss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
-    return [dloss * x for x in gradients]
-
-
-@_scale_grads_op.register_fake
-def _(dloss, gradients):
-    return [torch.empty_like(x) for x in gradients]
-
-
 def _context(ctx, inputs, output):
     _, *leaves, dimage, dtext, dscalars = inputs
     ctx.save_for_backward(dimage, dtext, dscalars)
@@ -91,7 +83,7 @@ def _context(ctx, inputs, output):
 def _autograd(ctx, dloss):
     dimage, dtext, dscalars = ctx.saved_tensors
     scalars = dscalars.split(1) if dscalars.numel() else (dscalars, dscalars)
-    scaled = _scale_grads_op(dloss, [dimage, dtext, *scalars])
+    scaled = scale_gradients(dloss, [dimage, dtext, *scalars])
     scaled[2:] = [x.reshape(shape) if x.numel() else x for x, shape in zip(scaled[2:], ctx.shapes)]
     needs = ctx.needs_input_grad[1:5]
     return None, *(x.to(dtype) if need else None for x, dtype, need in zip(scaled, ctx.dtypes, needs)), None, None, None
@@ -130,7 +122,9 @@ def fused_siglip_loss(
     logit_scale, logit_bias = _check(image, text, logit_scale, logit_bias)
     layout = groups.exchange_layout(_NAME, image.shape[0], image.device, group)
     dispatch.require(layout.total >= 1, _NAME, "the batch must hold at least one pair", layout.total)
-    chosen = dispatch.select(_NAME, impl, image.device, size=image.shape[0] * layout.total)
+    # The plain form rounds 16-bit logits.
+    size = layout.pairs if groups.product_dtype(image) == torch.float32 else sys.maxsize
+    chosen = dispatch.select(_NAME, impl, image.device, size=size)
     if torch.float64 in (image.dtype, text.dtype):
         dispatch.require(impl in ("auto", "reference"), _NAME, f"{impl} takes no float64", image.dtype, TypeError)
         chosen = "reference"

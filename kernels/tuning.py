@@ -9,6 +9,7 @@ import torch
 
 UNMEASURED = "unmeasured"
 MASKING_ROWS = "bench/results/masking.jsonl"
+CPU_ROWS = "bench/results/cpu.jsonl"
 
 
 class Threshold(NamedTuple):
@@ -22,11 +23,11 @@ class Threshold(NamedTuple):
 # operator -> device type -> choice; below the size the plain composition runs.
 FUSED_FROM: dict[str, dict[str, Threshold]] = {
     "fused_itc_loss": {
-        "cpu": Threshold("cpu", 0, UNMEASURED),
+        "cpu": Threshold("cpu", 0, CPU_ROWS),
         "cuda": Threshold("triton", 2048 * 2048, UNMEASURED),
     },
     "fused_siglip_loss": {
-        "cpu": Threshold("cpu", 0, UNMEASURED),
+        "cpu": Threshold("cpu", 1 << 19, CPU_ROWS),
         "cuda": Threshold("triton", 2048 * 2048, UNMEASURED),
     },
     "attentive_select": {
@@ -46,6 +47,9 @@ FUSED_FROM: dict[str, dict[str, Threshold]] = {
         "cuda": Threshold("triton", 0, UNMEASURED),
     },
 }
+
+# Pairs of a contrastive batch, B^2, up to which its `cpu` form holds all logits at once; bench/results/cpu.jsonl.
+WHOLE_MATRIX_PAIRS = 1 << 19
 
 
 def preferred(operator: str, device: torch.device, runnable: tuple[str, ...], *, size: int = 0) -> str:

@@ -6,10 +6,16 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import itc, reference
+from kernels import itc, reference, tuning
 from tests.kernels.contrastive import ADVERSARIAL, BARS, REGIMES, correlated, error, errors, with_gradients, within
 
 SCALE = 14.3
+
+
+@pytest.fixture(autouse=True)
+def blocks_at_every_size(monkeypatch):
+    """`test_itc_small.py` holds the form that small batches get."""
+    monkeypatch.setattr(tuning, "WHOLE_MATRIX_PAIRS", 0)
 
 
 def fused(**options):
