@@ -22,6 +22,9 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "gather_patches": ("reference", "cpu", "triton"),
     "scatter_patches": ("reference", "cpu", "triton"),
     "masked_patch_loss": ("reference", "cpu", "triton"),
+    "region_pool": ("reference", "cpu", "triton"),
+    "sample_hard_negatives": ("reference", "cpu", "triton"),
+    "box_loss": ("reference", "cpu", "triton"),
 }
 
 

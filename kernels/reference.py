@@ -123,3 +123,83 @@ def masked_patch_loss(
     error = pred.to(dtype) - target
     total = error.abs().sum() if kind == "l1" else error.square().sum()
     return total / max(1, pred.numel()) if reduction == "mean" else total
+
+
+def region_pool(x: Tensor, rects: Tensor, image_index: Tensor) -> Tensor:
+    """Mean (E, D) of the cells of x (N, R, C, D)[image_index] in rects (E, 4) = [col0, row0, col1, row1); else 0."""
+    _, R, C, _ = x.shape
+    row, column = torch.arange(R, device=x.device), torch.arange(C, device=x.device)
+    col0, row0, col1, row1 = rects[:, :, None].unbind(1)
+    rows, columns = (row >= row0) & (row < row1), (column >= col0) & (column < col1)
+    inside = rows[:, :, None, None] & columns[:, None, :, None]
+    cells = x[image_index].to(_at_least_fp32(x.dtype))
+    total = torch.where(inside, cells, 0.0).sum((1, 2))
+    return (total / inside.sum((1, 2)).clamp_min(1)).to(x.dtype)
+
+
+def box_loss(pred: Tensor, target: Tensor, valid: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
+    """L1 and 1 - GIoU of boxes (E, 4) = (cx, cy, w, h) over the valid ones (E,)."""
+    dtype = _at_least_fp32(pred.dtype)
+    pred, target = (torch.where(valid[:, None], box.to(dtype), 0.5) for box in (pred, target))
+    l1 = (pred - target).abs().sum(1)
+    (low, high), (target_low, target_high) = (_corners(box) for box in (pred, target))
+    overlap = (torch.minimum(high, target_high) - torch.maximum(low, target_low)).clamp_min(0)
+    hull = torch.maximum(high, target_high) - torch.minimum(low, target_low)
+    I, C = (side[:, 0] * side[:, 1] for side in (overlap, hull))
+    A, B = (side[:, 0] * side[:, 1] for side in (high - low, target_high - target_low))
+    U = A + B - I
+    # 1 - GIoU = (U - I) / U + (C - U) / C
+    giou = _ratio(U - I, U) + _ratio(C - U, C)
+    count = valid.sum().clamp_min(1) if reduction == "mean" else 1
+    return tuple(torch.where(valid, value, 0.0).sum() / count for value in (l1, giou))
+
+
+def _corners(box: Tensor) -> tuple[Tensor, Tensor]:
+    half = box[:, 2:].clamp_min(0) / 2
+    return box[:, :2] - half, box[:, :2] + half
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    present = whole > 1e-12
+    return torch.where(present, part / torch.where(present, whole, 1.0), 0.0)
+
+
+def sample_hard_negatives(
+    image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | None, floor: float, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """For each text an image (B,) and for each image a text (B,), P(j) ~ softmax_j + floor over its negatives."""
+    B = image.shape[0]
+    ids = torch.arange(B, device=image.device) if ids is None else ids
+    dtype = _at_least_fp32(image.dtype)
+    logits = (image.to(dtype) @ text.to(dtype).T) * logit_scale.reshape(()).to(dtype)
+    negative = ids[:, None] != ids[None, :]
+    rows = torch.arange(B, device=image.device)
+    text_negative = _draw(logits, negative, floor, _uniform(seed, 2 * rows))
+    return _draw(logits.T, negative, floor, _uniform(seed, 2 * rows + 1)), text_negative
+
+
+def _draw(logits: Tensor, negative: Tensor, floor: float, u: Tensor) -> Tensor:
+    """The first j whose cumulative weight exceeds u times the sum of all, -1 where no weight is."""
+    if floor == 0:
+        # only negatives weigh, so that none is too small beside a positive
+        logits = logits.masked_fill(~negative, -torch.inf)
+    weights = torch.where(negative, logits.softmax(1).double() + floor, 0.0)
+    cdf = weights.cumsum(1)
+    total = cdf[:, -1:]
+    # rounding must not carry the threshold to the end
+    threshold = torch.minimum(u[:, None] * total, total * (1 - 2**-52))
+    drawn = (cdf <= threshold).sum(1)
+    exists = (total > 0) & total.isfinite()
+    return torch.where(exists[:, 0], drawn, -1)
+
+
+def _uniform(seed: Tensor, counter: Tensor) -> Tensor:
+    """Numbers in [0, 1) of 53 bits, fp64: the SplitMix64 sequence from where it takes the seed, at the counters."""
+    return (_splitmix(_splitmix(seed) + (counter + 1) * -0x61C8864680B583EB) >> 11 & (1 << 53) - 1).double() * 2**-53
+
+
+def _splitmix(z: Tensor) -> Tensor:
+    """Finaliser of SplitMix64 on int64, whose shifts keep the sign."""
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+    return z ^ (z >> 31 & (1 << 33) - 1)

@@ -46,6 +46,19 @@ FUSED_FROM: dict[str, dict[str, Threshold]] = {
         "cpu": Threshold("cpu", 1 << 18, MASKING_ROWS),
         "cuda": Threshold("triton", 0, UNMEASURED),
     },
+    # cells of all rectangles times width; pairs; boxes
+    "region_pool": {
+        "cpu": Threshold("cpu", 0, UNMEASURED),
+        "cuda": Threshold("triton", 0, UNMEASURED),
+    },
+    "sample_hard_negatives": {
+        "cpu": Threshold("cpu", 0, UNMEASURED),
+        "cuda": Threshold("triton", 0, UNMEASURED),
+    },
+    "box_loss": {
+        "cpu": Threshold("cpu", 0, UNMEASURED),
+        "cuda": Threshold("triton", 0, UNMEASURED),
+    },
 }
 
 # Pairs of a contrastive batch, B^2, up to which its `cpu` form holds all logits at once; bench/results/cpu.jsonl.
@@ -119,6 +132,31 @@ def patch_loss_tile(values: int) -> RowsTile:
     """Tile of `masked_patch_loss`; a patch is never split."""
     block_d = _power_of_2(values)
     return RowsTile(max(1, min(64, 4096 // block_d)), block_d, 0, max(4, block_d // 1024), UNMEASURED)
+
+
+def region_tile(D: int, itemsize: int) -> RowsTile:
+    """Tile of `region_pool`: cells of an image x width, and rectangles that one reading of them serves."""
+    block_d = max(16, min(128 if itemsize == 2 else 64, _power_of_2(D)))
+    return RowsTile(64, block_d, 16, 4, UNMEASURED)
+
+
+class PairsTile(NamedTuple):
+    """Tile of `sample_hard_negatives`: samples on either side x width of a product."""
+
+    side: int
+    block_d: int
+    warps: int
+    stages: int
+    row: str
+
+
+def negatives_tile(D: int, itemsize: int) -> PairsTile:
+    """Tile of `sample_hard_negatives`: small, as batches are, and few candidates remain to be formed again."""
+    return PairsTile(64, max(16, min(32 if itemsize == 4 else 64, _power_of_2(D))), 4, 3, UNMEASURED)
+
+
+# boxes that a program of `box_loss` holds at a time
+BOXES = 256
 
 
 def _power_of_2(size: int) -> int:
