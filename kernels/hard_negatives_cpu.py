@@ -1,7 +1,7 @@
 """Hard negatives with torch operators.
 
-One product, a block of rows at a time. A row is drawn in its block: a chunk by its sum, then a column of it. A column
-keeps the sums of every block, draws a block, and has the logits of that one formed again.
+One product, a block of rows at a time, of which the sums of square tiles are kept in both directions. Every row and
+every column draws a tile by them; then the logits of the tiles drawn are formed again.
 """
 
 import math
@@ -10,13 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# columns of a chunk, and rows of a block of a batch of up to CHUNK * CHUNK
-CHUNK = 64
+# side of a tile of a batch of up to SIDE * SIDE
+SIDE = 64
+# logits this far apart have weights of one scale in fp32
+ONE_SCALE = 80.0
 
 
 class _Sums(NamedTuple):
-    """Of the columns in each block of rows (blocks, B): largest logit, weights relative to it of the negatives and of
-    the positives, and the number of negatives."""
+    """Of each row, or column, in each tile (B, tiles): what the weights are relative to, their sum over the negatives,
+    that over the positives, and the number of negatives."""
 
     peak: Tensor
     negative: Tensor
@@ -29,92 +31,83 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """For each text an image (B,), for each image a text (B,)."""
     B = image.shape[0]
-    text_negative = torch.empty(B, dtype=torch.int64)
     if B == 0:
-        return text_negative, text_negative.clone()
+        return tuple(torch.empty(0, dtype=torch.int64) for _ in range(2))
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
     image, text = image.to(dtype) * logit_scale.reshape(()).to(dtype), text.to(dtype)
+    side = max(SIDE, math.isqrt(B))
     for_images, for_texts = _uniform(seed, B)
-    height = max(CHUNK, math.isqrt(B))
-    blocks = [slice(start, min(start + height, B)) for start in range(0, B, height)]
-    sums = _Sums(*(torch.empty(len(blocks), B, dtype=dtype) for _ in _Sums._fields))
-    # whole chunks: what lies past the batch has no weight
-    scratch = torch.full((min(height, B), -(-B // CHUNK) * CHUNK), -torch.inf, dtype=dtype)
-    for number, rows in enumerate(blocks):
-        logits = scratch[: rows.stop - rows.start]
-        torch.mm(image[rows], text.T, out=logits[:, :B])
-        positives = _positives(ids, rows, B)
+    of_rows, of_columns = _sums(image, text, ids, floor, side)
+    text_negative = _draw(image, text, ids, of_rows, floor, for_images, side)
+    return _draw(text, image, ids, of_columns, floor, for_texts, side), text_negative
+
+
+def _sums(image: Tensor, text: Tensor, ids: Tensor | None, floor: float, side: int) -> tuple[_Sums, _Sums]:
+    """Sums of the rows and of the columns; `image` is scaled."""
+    B = len(image)
+    tiles = -(-B // side)
+    count = torch.full((B, tiles), float(side), dtype=torch.float64)
+    count[:, -1] -= tiles * side - B
+    rows = _Sums(image.new_empty(B, 1), image.new_empty(B, tiles), image.new_empty(B, 1), count)
+    columns = _Sums(*image.new_empty(3, tiles, B), count)
+    # whole tiles: what lies past the batch weighs nothing
+    scratch = image.new_zeros(min(side, B), tiles * side)
+    for tile in range(tiles):
+        here = slice(tile * side, min((tile + 1) * side, B))
+        padded = scratch[: here.stop - here.start]
+        logits = torch.mm(image[here], text.T, out=padded[:, :B])
+        row, column = positives = _positives(ids, here, B)
         if floor == 0:
             # only negatives weigh, so that none is too small beside a positive
             logits[positives] = -torch.inf
-        _sum_columns(logits[:, :B], positives, [part[number] for part in sums])
-        text_negative[rows] = _draw_rows(logits, positives, ids, rows, B, floor, for_images[rows])
-    return _draw_columns(image, text, ids, blocks, sums, floor, for_texts), text_negative
+        least, most = torch.aminmax(logits)
+        one_scale = bool(most - least < ONE_SCALE)
+        peak, weights = (most, logits) if one_scale else (logits.amax(0), logits.clone())
+        taken = _weigh(weights, peak, positives)
+        columns.peak[tile] = peak
+        torch.sum(weights, 0, out=columns.negative[tile])
+        columns.positive[tile] = weights.new_zeros(B).index_add_(0, column, taken)
+        if not one_scale:
+            peak = logits.amax(1, keepdim=True)
+            taken = _weigh(logits, peak, positives)
+        rows.peak[here] = peak
+        torch.sum(padded.view(-1, tiles, side), 2, out=rows.negative[here])
+        rows.positive[here, 0] = weights.new_zeros(len(logits)).index_add_(0, row, taken)
+        count[here] -= torch.bincount(row * tiles + column // side, minlength=len(logits) * tiles).view(-1, tiles)
+    return rows, _Sums(*(part.T for part in columns[:3]), count)
 
 
-def _sum_columns(logits: Tensor, positives: tuple[Tensor, Tensor], sums: list[Tensor]) -> None:
-    """Fill in the sums of a block (rows, B)."""
-    row, column = positives
-    peak, negative, positive, count = sums
-    torch.amax(logits, 0, out=peak)
-    weights = torch.sub(logits, _finite(peak)).exp_()
-    positive.zero_().index_add_(0, column, weights[row, column])
-    weights[row, column] = 0
-    torch.sum(weights, 0, out=negative)
-    count.fill_(len(logits)).sub_(torch.bincount(column, minlength=len(count)))
+def _weigh(logits: Tensor, peak: Tensor, positives: tuple[Tensor, Tensor]) -> Tensor:
+    """exp(logits - peak) in place, 0 for positives, whose weights are returned."""
+    logits.sub_(_finite(peak)).exp_()
+    taken = logits[positives]
+    logits[positives] = 0
+    return taken
 
 
-def _draw_rows(
-    logits: Tensor,
-    positives: tuple[Tensor, Tensor],
-    ids: Tensor | None,
-    rows: slice,
-    B: int,
-    floor: float,
-    u: Tensor,
-) -> Tensor:
-    """A column for each row of a block (rows, chunks * CHUNK)."""
-    row, column = positives
-    height, chunks = len(logits), logits.shape[1] // CHUNK
-    weights = torch.sub(logits, _finite(logits.amax(1, keepdim=True))).exp_()
-    total = weights.new_zeros(height).index_add_(0, row, weights[row, column])
-    weights[row, column] = 0
-    weights = weights.view(height, chunks, CHUNK)
-    per_chunk = weights.sum(2).double()
-    lift = floor * (per_chunk.sum(1) + total)
-    count = torch.full((chunks,), float(CHUNK), dtype=torch.float64)
-    count[-1] -= chunks * CHUNK - B
-    taken = torch.bincount(row * chunks + column // CHUNK, minlength=height * chunks).view(height, chunks)
-    per_chunk += (count - taken) * lift[:, None]
-    mass = per_chunk.sum(1)
-    chunk, rest = _invert(per_chunk, u * mass)
-    place = torch.arange(height)
-    columns = chunk[:, None] * CHUNK + torch.arange(CHUNK)
-    negative = _is_negative(ids, place[:, None] + rows.start, columns, B)
-    inside = (weights[place, chunk].double() + lift[:, None]).masked_fill_(~negative, 0)
-    drawn = chunk * CHUNK + _invert(inside, rest)[0]
-    return drawn.masked_fill_(~((mass > 0) & mass.isfinite()), -1)
-
-
-def _draw_columns(
-    image: Tensor, text: Tensor, ids: Tensor | None, blocks: list[slice], sums: _Sums, floor: float, u: Tensor
-) -> Tensor:
-    """A row for each column; `image` is scaled."""
-    B = len(u)
-    peak = _finite(sums.peak.amax(0))
+def _draw(own: Tensor, other: Tensor, ids: Tensor | None, sums: _Sums, floor: float, u: Tensor, side: int) -> Tensor:
+    """A row of `other` (B, D) for each of `own` (B, D), one of which is scaled."""
+    B, tiles = sums.count.shape
+    peak = _finite(sums.peak.amax(1, keepdim=True))
     factor = (sums.peak - peak).exp_().double()
-    per_block = sums.negative.double() * factor
-    lift = floor * (per_block + sums.positive * factor).sum(0)
-    per_block += sums.count * lift
-    mass = per_block.sum(0)
-    chosen, rest = _invert(per_block.T, u * mass)
+    weights = sums.negative * factor
+    lift = floor * (weights.sum(1, keepdim=True) + (sums.positive * factor).sum(1, keepdim=True))
+    weights += sums.count * lift
+    mass = weights.sum(1)
+    tile, rest = _invert(weights, u * mass)
+    # those that drew one tile stand together
+    order = tile.argsort()
+    bounds = [0, *torch.bincount(tile, minlength=tiles).cumsum(0).tolist()]
+    rows, logits = own[order], own.new_empty(B, side)
+    for number in range(tiles):
+        start, stop = bounds[number : number + 2]
+        columns = other[number * side : (number + 1) * side]
+        torch.mm(rows[start:stop], columns.T, out=logits[start:stop, : len(columns)])
+    first = tile[order] * side
+    negative = _is_negative(ids, order[:, None], first[:, None] + torch.arange(side), B)
+    weights = logits.sub_(peak[order]).exp_().double().add_(lift[order]).masked_fill_(~negative, 0)
     drawn = torch.empty(B, dtype=torch.int64)
-    for number, rows in enumerate(blocks):
-        columns = (chosen == number).nonzero()[:, 0]
-        weights = torch.mm(text[columns], image[rows].T).sub_(peak[columns, None]).exp_().double()
-        negative = _is_negative(ids, columns[:, None], torch.arange(rows.start, rows.stop), B)
-        weights = weights.add_(lift[columns, None]).masked_fill_(~negative, 0)
-        drawn[columns] = rows.start + _invert(weights, rest[columns])[0]
+    drawn[order] = first + _invert(weights, rest[order])[0]
     return drawn.masked_fill_(~((mass > 0) & mass.isfinite()), -1)
 
 
@@ -123,9 +116,9 @@ def _invert(weights: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     cdf = weights.cumsum(1)
     # rounding must carry the threshold neither to the end nor below what has weight
     threshold = torch.minimum(threshold, cdf[:, -1] * (1 - 2**-52)).clamp_min_(0)
-    place = (cdf <= threshold[:, None]).sum(1).clamp_max_(weights.shape[1] - 1)
-    before = cdf.gather(1, (place[:, None] - 1).clamp_min(0))[:, 0].masked_fill_(place == 0, 0)
-    return place, threshold - before
+    passed = cdf <= threshold[:, None]
+    place = passed.sum(1).clamp_max_(weights.shape[1] - 1)
+    return place, threshold - cdf.masked_fill_(~passed, 0).amax(1)
 
 
 def _positives(ids: Tensor | None, rows: slice, B: int) -> tuple[Tensor, Tensor]:
