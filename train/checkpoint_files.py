@@ -4,6 +4,7 @@ DeepSpeed pickles its optimizer states. They are read with torch's restricted un
 data and the classes named below, and nothing else.
 """
 
+import os
 import pickle
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ from train.exits import StopRun
 
 # Constructors of plain values; none of them can be made to call anything.
 ALLOWED = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+_PROBE = 1 << 20
 
 
 class CheckpointError(StopRun):
@@ -52,7 +54,11 @@ class DurableFiles(TorchCheckpointEngine):
 
     def save(self, state_dict, path: str) -> None:
         def write() -> None:
-            super(DurableFiles, self).save(state_dict, path)
+            try:
+                super(DurableFiles, self).save(state_dict, path)
+            # torch's writer has no other name for what the system refuses.
+            except RuntimeError as error:
+                raise OSError(reason_of_refusal(Path(path)) or str(error).splitlines()[0]) from None
             sync(Path(path))
             self.written[Path(path)] = record(Path(path))
 
@@ -63,13 +69,22 @@ class DurableFiles(TorchCheckpointEngine):
             return
         try:
             write()
-        # torch reports a full disk as a RuntimeError of its writer.
-        except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            self.failure = reason
+        except OSError as error:
+            self.failure = error.strerror or str(error)
 
     def load(self, path: str, map_location=None):
         return read(Path(path), map_location=map_location, trusted=self.trusted)
+
+
+def reason_of_refusal(path: Path) -> str:
+    """What the system says to more bytes in a file, empty where it takes them."""
+    try:
+        with path.open("ab", buffering=0) as file:
+            file.write(bytes(_PROBE))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror
+    return ""
 
 
 def read(path: Path, *, map_location: Any = "cpu", trusted: bool = False) -> Any:

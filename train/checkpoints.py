@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from train.checkpoint_files import CheckpointError, DurableFiles, read
 from train.config import TrainConfig
 from train.durable import Fault, faults, read_manifest, record, sync, write_atomically, write_manifest
 from train.run_folder import checkpoint_steps
+from train.together import agree, together
 
 _PARTIAL = ".partial"
 _UNIVERSAL = ".universal"
@@ -46,7 +47,15 @@ class Kept(NamedTuple):
         return [step for step in steps[: -self.last] if not (self.every and step % self.every == 0)]
 
 
-def save_checkpoint(engine: Any, run_dir: Path, *, step: int, kept: Kept, facts: dict[str, Any] | None = None) -> Path:
+def save_checkpoint(
+    engine: Any,
+    run_dir: Path,
+    *,
+    step: int,
+    kept: Kept,
+    facts: dict[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
     """Saves the engine after `step` optimizer steps and drops older checkpoints. All ranks call it.
 
     Args:
@@ -55,6 +64,7 @@ def save_checkpoint(engine: Any, run_dir: Path, *, step: int, kept: Kept, facts:
         step: optimizer steps taken.
         kept: which earlier checkpoints stay.
         facts: plain data for the manifest.
+        say: takes a line about what failed beside the checkpoint.
 
     Returns:
         The folder of the checkpoint.
@@ -70,7 +80,8 @@ def save_checkpoint(engine: Any, run_dir: Path, *, step: int, kept: Kept, facts:
             for left in (partial, folder / _UNIVERSAL):
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
-    if not _agree(files.failure):
+            sync(run_dir)
+    if not agree(files.failure):
         engine.save_checkpoint(str(partial), tag=name, client_state={"step": step}, save_latest=False)
     parts: list[Any] = [None] * dist.get_world_size()
     written = {path.relative_to(partial / name).as_posix(): record for path, record in files.written.items()}
@@ -83,16 +94,27 @@ def save_checkpoint(engine: Any, run_dir: Path, *, step: int, kept: Kept, facts:
             shutil.rmtree(folder / name, ignore_errors=True)
             os.replace(partial / name, folder / name)
             sync(folder)
-            write_atomically(folder / "latest", name + "\n")
     if first:
         shutil.rmtree(partial, ignore_errors=True)
-    if failure := _agree(files.failure):
+    if failure := agree(files.failure):
         raise CheckpointError(f"checkpoint {name} could not be written: {failure}")
     if first:
+        # The checkpoint is whole, whatever happens to what lies beside it.
+        with _told(say, f"checkpoints/latest does not name {name}"):
+            write_atomically(folder / "latest", name + "\n")
         # Steps behind this one belong to damaged checkpoints that training will write anew.
         for old in kept.dropped([known for known in checkpoint_steps(run_dir) if known <= step]):
-            shutil.rmtree(folder / tag(old), ignore_errors=True)
+            with _told(say, f"checkpoint {tag(old)} could not be removed"):
+                shutil.rmtree(folder / tag(old))
     return folder / name
+
+
+@contextlib.contextmanager
+def _told(say: Callable[[str], None], what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        say(f"warning: {what}: {error.strerror or error}")
 
 
 @contextlib.contextmanager
@@ -101,13 +123,6 @@ def _noted(files: DurableFiles):
         yield
     except OSError as error:
         files.failure = files.failure or error.strerror or str(error)
-
-
-def _agree(failure: str | None) -> str | None:
-    """The first rank's failure, known to all."""
-    told: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, failure)
-    return next((text for text in told if text), None)
 
 
 class Chosen(NamedTuple):
@@ -153,18 +168,14 @@ def choose(run_dir: Path) -> Chosen:
     """Rank 0's choice of a checkpoint, the same on all ranks. All ranks call it.
 
     Raises:
-        CheckpointError: as `newest_sound`, on all ranks alike.
+        StopRun: as `newest_sound`, on all ranks alike.
     """
-    verdict: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            verdict = [newest_sound(run_dir)]
-        except (CheckpointError, OSError) as error:
-            verdict = [CheckpointError(str(error))]
-    dist.broadcast_object_list(verdict)
-    if isinstance(verdict[0], CheckpointError):
-        raise verdict[0]
-    return verdict[0]
+    found: list[Any] = [None]
+    with together():
+        if dist.get_rank() == 0:
+            found = [newest_sound(run_dir)]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def load_checkpoint(engine: Any, run_dir: Path, step: int) -> None:
@@ -188,7 +199,7 @@ def _load(engine: Any, folder: Path, name: str, step: int) -> None:
     # Whatever DeepSpeed asserts or fails to find means the same here.
     except Exception as error:
         failure = f"{folder / name}: {type(error).__name__}: {error}"
-    if failure := _agree(failure):
+    if failure := agree(failure):
         raise CheckpointError(failure)
 
 
@@ -212,7 +223,7 @@ def load_reshaped(engine: Any, run_dir: Path, step: int, *, trusted: bool = Fals
             convert(folder / tag(step), target, engine.module)
         except (CheckpointError, OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
             failure = f"{tag(step)} could not be reshaped: {error}"
-    if failure := _agree(failure):
+    if failure := agree(failure):
         if dist.get_rank() == 0:
             shutil.rmtree(folder / _UNIVERSAL, ignore_errors=True)
         raise CheckpointError(failure)
@@ -290,7 +301,7 @@ class Saver:
         """
         kept = Kept(self._train.keep_last, self._train.keep_every)
         try:
-            save_checkpoint(self._engine, self._run_dir, step=step, kept=kept, facts=self._facts)
+            save_checkpoint(self._engine, self._run_dir, step=step, kept=kept, facts=self._facts, say=say)
         except CheckpointError as error:
             if must:
                 raise

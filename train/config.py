@@ -24,7 +24,7 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _at_least(config: Any, **least: int) -> None:
+def at_least(config: Any, **least: int) -> None:
     for name, bound in least.items():
         value = getattr(config, name)
         require(value is None or value >= bound, f"{name}: {value}, needs at least {bound}")
@@ -37,7 +37,7 @@ def _finite(config: Any, *names: str, zero: bool = False) -> None:
         require(held, f"{name}: {value}, needs to be {'at least' if zero else 'above'} 0 and finite")
 
 
-def _shares(config: Any, *names: str) -> None:
+def shares(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(0 <= value <= 1, f"{name}: {value}, must lie in 0..1")
@@ -67,8 +67,8 @@ class ScheduleConfig(Section):
     final_share: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least(self, warmup_steps=0)
-        _shares(self, "decay_share", "final_share")
+        at_least(self, warmup_steps=0)
+        shares(self, "decay_share", "final_share")
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class DataConfig(Section):
     max_left_out: float = 0.1
 
     def __post_init__(self) -> None:
-        _at_least(self, val_pairs=2, workers=0)
-        _shares(self, "flip", "max_left_out")
+        at_least(self, val_pairs=2, workers=0)
+        shares(self, "flip", "max_left_out")
         if self.crop_scale is not None:
             low, high = self.crop_scale
             require(0 < low <= high <= 1, f"crop_scale: {self.crop_scale}, needs 0 < low <= high <= 1")
@@ -124,7 +124,7 @@ class TrainConfig(Section):
     wandb: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, steps=1, micro_batch=1, accumulation=1, log_every=1, save_every=1, keep_last=1, keep_every=1)
+        at_least(self, steps=1, micro_batch=1, accumulation=1, log_every=1, save_every=1, keep_last=1, keep_every=1)
         _finite(self, "epochs", "timeout_s", "save_minutes", "spike_factor")
         # What torch seeds with is 64 bits wide.
         require(0 <= self.seed < 2**63, f"seed: {self.seed}, needs to be in 0..2**63, 2**63 excluded")

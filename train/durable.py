@@ -6,9 +6,11 @@ A manifest lists every file of a folder with its size and SHA-256, and carries a
 torch.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,15 +46,32 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file by another, so that a crash leaves the one or the other whole."""
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Replaces a file by another, so that a crash leaves the one or the other whole.
+
+    Yields:
+        Where to write the other one.
+
+    Raises:
+        OSError: names `path`; the file is as it was.
+    """
     beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    sync(path.parent)
+    try:
+        yield beside
+        sync(beside)
+        os.replace(beside, path)
+        sync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a text file, as `replaced` does."""
+    with replaced(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def record(path: Path) -> FileRecord:

@@ -1,9 +1,11 @@
 """How a process of a run ends: its exit code, and one line that says why. Documented in docs/reliability.md."""
 
+import errno
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from sycoca.config import ConfigError
 from train.data.sample import DataError
@@ -13,6 +15,23 @@ EXIT_STOPPED = 3
 EXIT_LOST_RANK = 4
 EXIT_SAVED = 75  # EX_TEMPFAIL: started again with --resume, it goes on
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+# What a disk or the system refuses, and a person can mend; other errors of the system are those of the program.
+_REFUSED_BY_SYSTEM = frozenset(
+    {
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOSPC,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ESTALE,
+    }
+)
 
 
 class StopRun(RuntimeError):
@@ -33,7 +52,7 @@ class LostRank(StopRun):
 def refused(error: Exception) -> int:
     """Tells a mistake that every rank finds, once."""
     if _rank() == "0":
-        _tell(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error))
+        _tell(of_the_system(error) if isinstance(error, OSError) else str(error))
     return EXIT_REFUSED
 
 
@@ -50,7 +69,7 @@ def guarded(run: Callable[..., None], *args: Any) -> int:
     except LostRank as error:
         _tell(f"rank {_rank()}: {error}")
         # Destructors would wait for the rank that is lost.
-        os._exit(error.code)
+        end_at_once(error.code)
     except StopRun as error:
         if _rank() == "0":
             _tell(str(error))
@@ -59,6 +78,11 @@ def guarded(run: Callable[..., None], *args: Any) -> int:
         if _rank() == "0":
             print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+    except OSError as error:
+        if error.errno not in _REFUSED_BY_SYSTEM:
+            raise
+        _tell(f"rank {_rank()}: {of_the_system(error)}")
+        return EXIT_STOPPED
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
@@ -68,6 +92,19 @@ def guarded(run: Callable[..., None], *args: Any) -> int:
         )
         return EXIT_STOPPED
     return 0
+
+
+def of_the_system(error: OSError) -> str:
+    """What the system refused, and where."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return reason if error.filename is None else f"{error.filename}: {reason}"
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Ends this process and the workers of its loaders, without waiting for anything."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(code)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

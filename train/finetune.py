@@ -18,6 +18,8 @@ from train.exits import EXIT_SAVED, StopRun, guarded, refused
 from train.hardware import has_cuda
 from train.tasks.launch import Tuning, parse
 
+FINISHED = "stopped on request after the last step; --resume judges the tuned model"
+
 
 def finetune(tuning: Tuning) -> None:
     """Judges the model as it is, trains it to the last step, leaves it in the run's folder and judges it again."""
@@ -29,32 +31,38 @@ def finetune(tuning: Tuning) -> None:
     import torch.distributed as dist
 
     from sycoca.hub import load_pretrained
+    from train.budget import Budget
     from train.checkpoints import Saver, choose, load_checkpoint, prepare, told
     from train.data.order import mix
     from train.durable import write_atomically
-    from train.health import Control, Heartbeat, Skips, StopRequest
+    from train.health import Control, Skips, Spikes
+    from train.heartbeat import Heartbeat
     from train.inputs import hold_run_dir
     from train.metrics import RunLog, Timing
     from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
+    from train.signals import StopRequest
     from train.tasks.tuning import build_objective, judge_tuned, judge_untuned, training_groups, tuning_batches
+    from train.together import together
 
     config, train, run_dir = tuning.config, tuning.config.train, tuning.run_dir
+    request = StopRequest()
     start_process_group(deepspeed, has_cuda(), train.timeout_s)
     rank, world = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD if world > 1 else None
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
-    held = hold_run_dir(run_dir)
-    if rank == 0:
-        write_atomically(run_dir / "config.json", json.dumps(tuning.effective(), indent=2) + "\n")
+    held = hold_run_dir(run_dir, anew=tuning.restart)
+    with together():
+        if rank == 0:
+            write_atomically(run_dir / "config.json", json.dumps(tuning.effective(), indent=2) + "\n")
 
     torch.manual_seed(train.seed)
     try:
         model, tokenizer, _ = load_pretrained(config.model, device=device)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if rank == 0 and not tuning.resume:
-        judge_untuned(tuning, model, tokenizer, device)
-    dist.barrier()
+    with together():
+        if rank == 0 and not tuning.resume:
+            judge_untuned(tuning, model, tokenizer, device)
     chosen = choose(run_dir) if tuning.resume else None
     first_step = chosen.step if chosen else 0
     plan = build_objective(tuning, model, tokenizer, device)
@@ -76,6 +84,7 @@ def finetune(tuning: Tuning) -> None:
         first_step=first_step,
         every=train.log_every,
         group=group,
+        spikes=Spikes(train.spike_factor),
     )
     count = sum(getattr(p, "ds_numel", p.numel()) for p in objective.parameters() if p.requires_grad)
     log.say(
@@ -86,8 +95,9 @@ def finetune(tuning: Tuning) -> None:
     )
     if chosen and chosen.damaged:
         log.say(f"damaged checkpoints passed over: {told(chosen.damaged)}")
-    heartbeat, control, request = Heartbeat(train.timeout_s), Control(), StopRequest()
+    heartbeat, control = Heartbeat(train.timeout_s), Control()
     skips, saver = Skips(engine), Saver(engine, run_dir, train, facts={})
+    budget = Budget(tuning.train, config.data.max_left_out)
     batches = tuning_batches(tuning, plan, first_step * train.accumulation, rank=rank, world=world, device=device)
     shares = [train.micro_batch] * world
     with heartbeat.guard():
@@ -95,22 +105,27 @@ def finetune(tuning: Tuning) -> None:
             started, waited = time.perf_counter(), 0.0
             lr = config.optimizer.lr * learning_rate_factor(config.schedule, step, steps)
             set_learning_rate(optimizer, lr)
-            taken = []
+            taken, places = [], []
             for part in range(train.accumulation):
                 asked = time.perf_counter()
-                batch = next(batches)
+                with heartbeat.alone("no data has come"):
+                    batch, place = next(batches)
                 waited += time.perf_counter() - asked
                 values = engine(*objective.inputs(*batch, mix(train.seed, step, part, rank) >> 1), group, shares)
                 engine.backward(values[0])
                 engine.step()
                 taken.append(torch.stack([value.detach().float() for value in values]))
+                places.append(place)
             timing = Timing(waited, time.perf_counter() - started, sum(shares) * train.accumulation)
-            line = skips.after(step + 1, [])
+            line = skips.after(step + 1, places, taken)
             scalars = {"lr": lr, "grad_norm": engine.get_global_grad_norm(), "skipped": skips.total}
-            log.step(step, torch.stack(taken).mean(0), scalars, timing)
+            log.step(step, torch.stack(taken).mean(0), scalars, timing, places)
             if line:
                 log.say(line)
-            stop, late = control.sums(request.asked, rank == 0 and saver.is_late())
+            found_bad, late = budget.found_bad(), rank == 0 and saver.is_late()
+            stop, found_bad, late, unwritten = control.sums(request.asked, found_bad, late, bool(log.failure))
+            budget.check(found_bad)
+            log.check(unwritten)
             last = step + 1 == steps
             if saver.is_due(step + 1) or late or stop or last:
                 log.flush()
@@ -118,14 +133,20 @@ def finetune(tuning: Tuning) -> None:
             if stop and not last:
                 log.close()
                 raise StopRun(f"stopped on request after step {step + 1}; --resume goes on from there", EXIT_SAVED)
-        request.close()
         log.close()
+        with together():
+            if request.asked:
+                raise StopRun(FINISHED, EXIT_SAVED)
+        request.finish(FINISHED)
+        if line := budget.left_out():
+            log.say(line)
         if rank == 0:
             judge_tuned(tuning, plan, tokenizer, device, step=steps)
         # The others wait, or the launcher would take their end for a failure.
         heartbeat.close()
     dist.barrier()
     dist.destroy_process_group()
+    request.close()
     del held
 
 

@@ -1,29 +1,21 @@
-"""What ends or skips a step: requests to stop, gradients that are not finite, losses that leap, ranks that fall silent.
+"""What ends or skips a step: gradients that are not finite, losses that leap.
 
 Ranks agree over a group of their own on the host, one step behind, so that no step waits for an answer.
 """
 
-import contextlib
 import math
-import os
-import signal
-import sys
-import threading
-import time
 from collections import deque
 from collections.abc import Sequence
-from datetime import timedelta
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from train.exits import EXIT_LOST_RANK, LostRank, StopRun
+from train.exits import StopRun
 
 MOST_SKIPPED_IN_A_ROW = 10
 _SPIKE_WINDOW = 64
-_BEAT_S = 0.5
 
 
 class Place(NamedTuple):
@@ -36,21 +28,6 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         shown = ", ".join(self.keys[:3]) + (f" and {len(self.keys) - 3} more" if len(self.keys) > 3 else "")
         return f"batch {self.index} of epoch {self.epoch} ({shown})"
-
-
-class StopRequest:
-    """SIGTERM, noted for the end of the step."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before = signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.asked = True
-
-    def close(self) -> None:
-        """Gives the signal back."""
-        signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
 
 class Control:
@@ -161,106 +138,8 @@ class Spikes:
         if self._factor is None or not math.isfinite(loss):
             return False
         full = len(self._recent) == _SPIKE_WINDOW
-        leapt = full and loss > self._factor * median(self._recent)
+        # Rewards have losses of either sign, which no factor measures.
+        leapt = full and 0 < self._factor * median(self._recent) < loss
         if not leapt:
             self._recent.append(loss)
         return leapt
-
-
-class Heartbeat:
-    """A thread that tells the others that this process runs, and ends it when another has fallen silent.
-
-    A process that is stopped, or gone, beats no more; one that waits in a collective does.
-
-    Args:
-        timeout_s: silence of another rank after which this process ends.
-    """
-
-    def __init__(self, timeout_s: float) -> None:
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._timeout_s = timeout_s
-        self._done = threading.Event()
-        self._seen: dict[int, tuple[bytes, float]] = {}
-        self._thread: threading.Thread | None = None
-        if self._world > 1:
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self._store = dist.TCPStore(host, port, None, False, timedelta(seconds=max(5.0, timeout_s)))
-            self._beats = self._unanswered = 0
-            self._beat()
-            dist.barrier()
-            self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
-            self._thread.start()
-            threading.Thread(target=self._watch_store, daemon=True, name="heartbeat-watch").start()
-
-    def _beat(self) -> None:
-        self._beats += 1
-        self._store.set(f"beat/{self._rank}", str(self._beats))
-
-    def _run(self) -> None:
-        # Each watches the next, so that the work does not grow with the number of ranks.
-        neighbour = (self._rank + 1) % self._world
-        while not self._done.wait(_BEAT_S):
-            try:
-                self._beat()
-                silent_s = self._silence(neighbour)
-                self._unanswered = 0
-            except RuntimeError:
-                # The store ends with rank 0; what waits for it in a collective will say so.
-                return
-            if silent_s > self._timeout_s:
-                self._end(neighbour, silent_s)
-
-    def _watch_store(self) -> None:
-        # A store whose rank is stopped answers nothing, and its client waits for ever, whatever its timeout. Ticks are
-        # counted, not time: a process that was itself stopped must not accuse another.
-        while not self._done.wait(_BEAT_S):
-            self._unanswered += 1
-            if (silent_s := self._unanswered * _BEAT_S) > self._timeout_s:
-                self._end(0, silent_s)
-
-    def _silence(self, rank: int) -> float:
-        value, now = self._store.get(f"beat/{rank}"), time.monotonic()
-        known = self._seen.get(rank)
-        if known is None or known[0] != value:
-            self._seen[rank] = (value, now)
-        return now - self._seen[rank][1]
-
-    def _end(self, rank: int, silent_s: float) -> None:
-        print(
-            f"error: rank {self._rank}: rank {rank} has not answered for {silent_s:.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(EXIT_LOST_RANK)
-
-    def lost(self) -> list[int]:
-        """Ranks that do not beat, after looking twice; rank 0 alone where the store is gone."""
-        if self._thread is None:
-            return []
-        others = [rank for rank in range(self._world) if rank != self._rank]
-        try:
-            before = {rank: self._store.get(f"beat/{rank}") for rank in others}
-            time.sleep(3 * _BEAT_S)
-            return [rank for rank in others if self._store.get(f"beat/{rank}") == before[rank]]
-        except RuntimeError:
-            return [0]
-
-    @contextlib.contextmanager
-    def guard(self):
-        """What fails inside because other ranks are gone becomes a LostRank that names them."""
-        try:
-            yield
-        except StopRun:
-            raise
-        except RuntimeError as error:
-            if lost := self.lost():
-                named = ", ".join(map(str, lost))
-                raise LostRank(f"rank {named} does not answer: {str(error).splitlines()[0]}") from error
-            raise
-
-    def close(self) -> None:
-        """Ends the watch. All ranks call it when none needs the others any more."""
-        if self._thread is not None:
-            dist.barrier()
-            self._done.set()
-            self._thread.join(2 * _BEAT_S)

@@ -21,7 +21,7 @@ from train.data import DataError, Source, open_dataset
 from train.initial import check_text, started_from
 from train.precedence import deepspeed_dict, settle, taken_over
 from train.recipe import chosen, recipes
-from train.resuming import check_end, check_resumed, check_world, reshaped
+from train.resuming import add_restart, check_end, check_restart, check_resumed, check_world, reshaped
 from train.run_folder import check_writable, checkpoint_steps, free_run_dir, read_run_config, resume_dir
 
 # With another value of these, or of the model's, what is continued would be another run.
@@ -44,6 +44,7 @@ class Launch:
     val: Source
     reshape: bool = False
     trusted: bool = False
+    restart: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -80,6 +81,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     p.add_argument(
         "--trust-checkpoint", action="store_true", help="with --resume: read objects of any class, which may run code"
     )
+    add_restart(p)
     p.add_argument("--print-config", action="store_true", help="print the effective configuration and stop")
     p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as train.steps=100 or lr=1e-3")
@@ -104,6 +106,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     for option, given in (("--reshape", args.reshape), ("--trust-checkpoint", args.trust_checkpoint)):
         if given and not args.resume:
             raise ConfigError(f"{option} says how to resume; add --resume")
+    check_restart(args)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     ds_path = deepspeed_json.find(args.config, script.parent)
     ds_raw, ds = deepspeed_json.read(ds_path)
@@ -138,7 +141,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     config = apply_overrides(config, taken_over(ds, config, overrides, ds_path.name, world))
     config = settle(config, overrides, has_cuda)
     if run_dir is None:
-        run_dir, newest = free_run_dir(args.run_dir, config.preset), 0
+        run_dir, newest = free_run_dir(args.run_dir, config.preset, restart=args.restart), 0
     else:
         newest = checkpoint_steps(run_dir)[-1]
         check_resumed(before, config, lambda key: key.startswith("model.") or key in _FIXED)
@@ -155,6 +158,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
         val,
         args.reshape,
         args.trust_checkpoint,
+        args.restart,
         _notes(config),
     )
     if config.train.wandb is not None and importlib.util.find_spec("wandb") is None:

@@ -3,11 +3,13 @@
 Device tensors are kept as they are and read together every few steps, so that a step never waits for the device.
 """
 
+import contextlib
 import json
 import math
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +19,8 @@ import torch.distributed as dist
 
 from sycoca.config import ModelConfig
 from train.durable import write_atomically
+from train.exits import StopRun
+from train.together import agree
 
 # Terms on the progress line, those of fine-tuning behind those of pre-training.
 _SHOWN = ("itc", "caption", "tgmim", "answer", "label", "reward", "greedy")
@@ -69,12 +73,16 @@ class RunLog:
         self._started, self._first_step = time.perf_counter(), first_step
         self._display = Display(total_steps, first_step) if self.writes else None
         self._jsonl = self._events = self._wandb = None
+        self._run_dir, self._rows = run_dir, run_dir / "metrics.jsonl"
+        self.failure: str | None = None
         if self.writes:
-            truncate_after(run_dir / "metrics.jsonl", first_step)
-            self._jsonl = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-            self._run_dir = run_dir
+            with self._attempt(self._rows):
+                truncate_after(self._rows, first_step)
+                self._jsonl = self._rows.open("a", encoding="utf-8")
             if wandb is not None:
-                self._wandb = wandb_run(wandb, run_dir)
+                with self._attempt(run_dir / "wandb_id"):
+                    self._wandb = wandb_run(wandb, run_dir)
+        self._end_if_failed()
 
     def step(self, step: int, values: torch.Tensor, scalars: dict, timing: Timing, places: Sequence = ()) -> None:
         """Takes one finished step: values fp32 in the order of `names`, host scalars, timing, its batches."""
@@ -95,31 +103,61 @@ class RunLog:
         wait = sum(t.wait_s for t in self._timing) / max(1e-9, sum(t.step_s for t in self._timing))
         rate = sum(t.pairs for t in self._timing) / max(1e-9, sum(t.step_s for t in self._timing))
         pending, self._pending, self._timing = self._pending, [], []
-        if not self.writes:
+        if not self.writes or self.failure:
             return
+        lines = []
         for (step, _, scalars, places), values in zip(pending, losses, strict=True):
             named = dict(zip(self.names, values, strict=True))
             if self._spikes is not None and self._spikes.leaps(named["loss"]):
                 self.say(f"loss leaps to {named['loss']:.3f} at step {step + 1}: {'; '.join(map(str, places))}")
             last = row = {"step": step + 1, **{name: _finite(named[name]) for name in self.losses}}
             row.update((name, _finite(value)) for name, value in scalars.items())
-            self._jsonl.write(json.dumps(row) + "\n")
+            lines.append(json.dumps(row) + "\n")
         memory = memory_gib()
         done = last["step"] - self._first_step
         remaining_s = (time.perf_counter() - self._started) / max(1, done) * (self.total_steps - last["step"])
         shown = {**last, "pairs_per_s": rate, "data_wait": wait, "memory_gib": memory, "eta_s": remaining_s}
-        self._jsonl.flush()
-        self._write_events(shown)
+        with self._attempt(self._rows):
+            self._jsonl.write("".join(lines))
+            self._jsonl.flush()
+        with self._attempt(self._run_dir / "tensorboard"):
+            self._write_events(shown)
         self._display.show(shown)
+
+    @contextlib.contextmanager
+    def _attempt(self, path: Path) -> Iterator[None]:
+        """Notes what the system refuses: only rank 0 writes, and the others wait for it in their next collective."""
+        try:
+            yield
+        except OSError as error:
+            self.failure = self.failure or f"{path}: {error.strerror or error}"
+
+    def check(self, failed: float) -> None:
+        """Ends a run whose figures cannot be written.
+
+        Args:
+            failed: how many ranks have a `failure`.
+
+        Raises:
+            StopRun: any.
+        """
+        if failed:
+            raise StopRun(self.failure or "rank 0 cannot write its figures")
+
+    def _end_if_failed(self) -> None:
+        if failure := self.failure if self.group is None else agree(self.failure):
+            raise StopRun(failure)
 
     def _write_events(self, row: dict) -> None:
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            _hush_tensorboard()
             self._events = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=row["step"])
         for name, value in row.items():
             if name not in ("step", "eta_s") and value is not None:
                 self._events.add_scalar(f"train/{name}", value, row["step"])
+        self._events.flush()
         if self._wandb is not None:
             self._wandb.log({f"train/{k}": v for k, v in row.items() if v is not None}, step=row["step"])
 
@@ -129,14 +167,34 @@ class RunLog:
             self._display.say(text)
 
     def close(self) -> None:
+        """Writes what is left and ends the display. All ranks call it.
+
+        Raises:
+            StopRun: something could not be written; on all ranks alike.
+        """
         self.flush()
         if self.writes:
             self._display.close()
-            self._jsonl.close()
+            if self._jsonl is not None:
+                with self._attempt(self._rows):
+                    self._jsonl.close()
             if self._events is not None:
-                self._events.close()
+                with self._attempt(self._run_dir / "tensorboard"):
+                    self._events.close()
             if self._wandb is not None:
                 self._wandb.finish()
+        self._end_if_failed()
+
+
+def _hush_tensorboard() -> None:
+    """What its thread cannot write comes out of the next call as well, and is told there."""
+    before = threading.excepthook
+
+    def hook(args) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            before(args)
+
+    threading.excepthook = hook
 
 
 def wandb_run(project: str, run_dir: Path):
@@ -145,7 +203,7 @@ def wandb_run(project: str, run_dir: Path):
 
     path = run_dir / "wandb_id"
     if not path.exists():
-        path.write_text(wandb.util.generate_id() + "\n", encoding="utf-8")
+        write_atomically(path, wandb.util.generate_id() + "\n")
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     run_id = path.read_text(encoding="utf-8").strip()
     return wandb.init(

@@ -18,6 +18,8 @@ from train.exits import EXIT_SAVED, StopRun, guarded, refused
 from train.hardware import has_cuda
 from train.launch import Launch, parse
 
+FINISHED = "stopped on request after the last step; --resume exports the model and judges it"
+
 
 def pretrain(launch: Launch) -> None:
     """Trains from the launch's checked configuration to its last step, then evaluates on held-out pairs."""
@@ -35,19 +37,23 @@ def pretrain(launch: Launch) -> None:
     from sycoca.model import SyCoCa, parameter_groups
     from train.checkpoints import Saver, choose, prepare, resume, tokenizer_digest
     from train.export import export
-    from train.health import Control, Heartbeat, Skips, Spikes, StopRequest
+    from train.health import Control, Skips, Spikes
+    from train.heartbeat import Heartbeat
     from train.initial import load_initial
     from train.inputs import hold_run_dir, open_inputs
     from train.metrics import RunLog, Timing, trained_losses
     from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
+    from train.signals import StopRequest
+    from train.together import together
 
     config, train, run_dir = launch.config, launch.config.train, launch.run_dir
+    request = StopRequest()
     start_process_group(deepspeed, has_cuda(), train.timeout_s)
     rank, world = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD if world > 1 else None
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
-    held = hold_run_dir(run_dir)
+    held = hold_run_dir(run_dir, anew=launch.restart)
     chosen = choose(run_dir) if launch.resume else None
     first_step = chosen.step if chosen else 0
     inputs = open_inputs(launch, rank=rank, world=world)
@@ -65,7 +71,7 @@ def pretrain(launch: Launch) -> None:
     if chosen:
         resume(engine, run_dir, chosen, tokenizer=tokenizer_digest(run_dir), trusted=launch.trusted)
 
-    heartbeat, control, request = Heartbeat(train.timeout_s), Control(), StopRequest()
+    heartbeat, control = Heartbeat(train.timeout_s), Control()
     skips, saver = Skips(engine), Saver(engine, run_dir, train, facts={"tokenizer": tokenizer_digest(run_dir)})
     log = RunLog(
         run_dir,
@@ -89,7 +95,8 @@ def pretrain(launch: Launch) -> None:
             taken, places = [], []
             for _ in range(train.accumulation):
                 asked = time.perf_counter()
-                batch, place = next(batches)
+                with heartbeat.alone("no data has come"):
+                    batch, place = next(batches)
                 waited += time.perf_counter() - asked
                 losses = engine(batch, plan, group, shares)
                 engine.backward(losses.total)
@@ -102,8 +109,10 @@ def pretrain(launch: Launch) -> None:
             log.step(step, torch.stack(taken).mean(0), scalars, timing, places)
             if line:
                 log.say(line)
-            stop, left_out, late = control.sums(request.asked, inputs.found_bad(), rank == 0 and saver.is_late())
-            inputs.check_budget(left_out)
+            found_bad, late = inputs.budget.found_bad(), rank == 0 and saver.is_late()
+            stop, found_bad, late, unwritten = control.sums(request.asked, found_bad, late, bool(log.failure))
+            inputs.budget.check(found_bad)
+            log.check(unwritten)
             last = step + 1 == inputs.total_steps
             if saver.is_due(step + 1) or late or stop or last:
                 log.flush()
@@ -111,15 +120,20 @@ def pretrain(launch: Launch) -> None:
             if stop and not last:
                 log.close()
                 raise StopRun(f"stopped on request after step {step + 1}; --resume goes on from there", EXIT_SAVED)
-        request.close()
         log.close()
-        if rank == 0:
-            export(run_dir, run_dir / "model")
-        if line := inputs.left_out():
+        with together():
+            if request.asked:
+                raise StopRun(FINISHED, EXIT_SAVED)
+        request.finish(FINISHED)
+        with together():
+            if rank == 0:
+                export(run_dir, run_dir / "model")
+        if line := inputs.budget.left_out():
             log.say(line)
         evaluate_at_end(engine, launch, inputs, device, group)
     heartbeat.close()
     dist.destroy_process_group()
+    request.close()
     del held
 
 

@@ -43,3 +43,16 @@ def check_end(after: Any, steps: int, newest: int) -> None:
         train = after.train
         asked = f"train.steps {steps}" if train.epochs is None else f"train.epochs {train.epochs} end at step {steps}"
         raise ConfigError(f"--resume: {asked}, the newest checkpoint is of step {newest}")
+
+
+def add_restart(parser: Any) -> None:
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="start --run-dir anew where it holds a run that ended before its first checkpoint",
+    )
+
+
+def check_restart(args: Any) -> None:
+    if args.restart and args.resume:
+        raise ConfigError("--restart starts a run anew, --resume continues it; give one of them")

@@ -13,6 +13,8 @@ from sycoca.config import ConfigError, from_dict, nearest
 from train.config import RunConfig
 
 _TAG = re.compile(r"step_(\d{8})")
+_CONFIG = "config.json"
+_MADE_AT_START = ("tokenizer.json", "metrics.jsonl", "before.json", "before.html")
 
 
 class Hold:
@@ -58,7 +60,7 @@ class Written(NamedTuple):
 
 def read_run_config(run_dir: Path, kind: type = RunConfig) -> Written:
     """The configuration, of a dataclass `kind`, that lies in a run's folder."""
-    path = run_dir / "config.json"
+    path = run_dir / _CONFIG
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         ds = data["deepspeed"]
@@ -87,24 +89,59 @@ def resume_dir(asked: Path | None) -> Path:
         for candidate in candidates:
             if checkpoint_steps(candidate):
                 return candidate
+            if (candidate / _CONFIG).exists():
+                raise ConfigError(
+                    f"--resume: no checkpoint in {candidate}, the run ended before its first one; "
+                    f"--restart --run-dir {candidate} starts it anew"
+                )
     raise ConfigError(f"--resume: no checkpoint in {asked or 'runs/'}")
 
 
-def free_run_dir(asked: Path | None, name: str) -> Path:
-    """The folder of a fresh run. Every rank derives the same one, as none creates it before all have."""
+def free_run_dir(asked: Path | None, name: str, *, restart: bool = False) -> Path:
+    """The folder of a fresh run. Every rank derives the same one, as none creates it before all have.
+
+    Args:
+        asked: on the command line.
+        name: of the folder under runs/, where none was asked for.
+        restart: whether it may hold a run that has no checkpoint.
+    """
     with _refusals("--run-dir", asked):
+        if restart and asked is None:
+            raise ConfigError("--restart: name the run with --run-dir")
         if asked is not None:
             if asked.exists() and not asked.is_dir():
                 raise ConfigError(f"--run-dir {asked}: is a file")
-            if asked.is_dir() and any(path.name != ".lock" for path in asked.iterdir()):
+            if not asked.is_dir() or not any(path.name != ".lock" for path in asked.iterdir()):
+                return asked
+            if checkpoint_steps(asked):
                 raise ConfigError(
-                    f"--run-dir {asked}: already holds a run; add --resume to continue it, or name another folder"
+                    f"--run-dir {asked}: already holds a run; "
+                    f"{'use --resume' if restart else 'add --resume'} to continue it, or name another folder"
+                )
+            if not (asked / _CONFIG).exists():
+                raise ConfigError(f"--run-dir {asked}: holds other files; name another folder")
+            if not restart:
+                raise ConfigError(
+                    f"--run-dir {asked}: holds a run that ended before its first checkpoint; add --restart to start it "
+                    "anew, or name another folder"
                 )
             return asked
         number = 1
         while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
             number += 1
         return path
+
+
+def forget_start(run_dir: Path) -> None:
+    """Drops what a run without a checkpoint has made of its data.
+
+    Raises:
+        ConfigError: the run has a checkpoint.
+    """
+    if checkpoint_steps(run_dir):
+        raise ConfigError(f"--restart: {run_dir} holds checkpoints; use --resume to continue it")
+    for name in _MADE_AT_START:
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def check_writable(run_dir: Path) -> None:

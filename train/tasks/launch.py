@@ -14,27 +14,39 @@ from typing import Any
 from sycoca.config import ConfigError, to_dict
 from train import deepspeed_json
 from train.command_line import Parser, apply_overrides, split_overrides
-from train.config import OptimizerConfig, ScheduleConfig, Section, TrainConfig, require_batch
+from train.config import OptimizerConfig, ScheduleConfig, Section, TrainConfig, at_least, require_batch, shares
 from train.data import Source
 from train.precedence import deepspeed_dict, settle, taken_over
-from train.resuming import check_end, check_resumed, check_world
+from train.resuming import add_restart, check_end, check_restart, check_resumed, check_world
 from train.run_folder import check_writable, checkpoint_steps, free_run_dir, read_run_config, resume_dir
 from train.tasks.class_names import class_names, templates
 from train.tasks.facts import model_folder, model_settings
 from train.tasks.options import FINETUNED, TaskOptions, check_meant, check_objectives, check_task
 from train.tasks.sources import holds_out, open_source
 
-_LENGTH = frozenset(["train.steps", "train.epochs", "train.log_every", "train.save_every", "train.keep_last"])
+# How long a run is, and how it is watched and saved, may change when it is resumed.
+_WATCHED = ("log_every", "save_every", "save_minutes", "keep_last", "keep_every", "spike_factor", "timeout_s")
+_LENGTH = frozenset(
+    ["data.max_left_out", "data.workers", *(f"train.{name}" for name in ("steps", "epochs", *_WATCHED))]
+)
 
 
 @dataclass(frozen=True)
 class TuningData(Section):
-    """`train` and `val` as the task's sources are written; `crop_scale` is the share of the area of a random crop."""
+    """`train` and `val` as the task's sources are written; `crop_scale` is the share of the area of a random crop.
+
+    A run stops when it finds more than `max_left_out` of the training samples unusable.
+    """
 
     train: str = "scenes"
     val: str | None = None
     workers: int = 1
     crop_scale: tuple[float, float] | None = None
+    max_left_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least(self, workers=0)
+        shares(self, "max_left_out")
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class Tuning:
     resume: bool
     train: Source
     val: Source
+    restart: bool = False
 
     def effective(self) -> dict[str, Any]:
         """The effective configuration as plain data, as it is printed and written into the run's folder."""
@@ -116,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--val", help="what is judged on; the training source's own val part without it")
     p.add_argument("--run-dir", type=Path, help="folder of the run; without it a free one under runs/")
     p.add_argument("--resume", action="store_true", help="continue --run-dir")
+    add_restart(p)
     p.add_argument("--print-config", action="store_true", help="print the effective configuration and stop")
     p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as train.steps=100 or lr=1e-5")
@@ -138,6 +152,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Tuning:
     """
     args = _parser().parse_intermixed_args(argv)
     check_task(args.task, FINETUNED, script.name)
+    check_restart(args)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     ds_path = deepspeed_json.find(args.config, script.parent)
     ds_raw, ds = deepspeed_json.read(ds_path)
@@ -180,11 +195,12 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Tuning:
         check_resumed(before, config, lambda key: key not in _LENGTH)
         newest = checkpoint_steps(run_dir)[-1]
     else:
-        run_dir = free_run_dir(args.run_dir, f"{args.task}{'-scst' if config.options.scst else ''}")
+        name = f"{args.task}{'-scst' if config.options.scst else ''}"
+        run_dir = free_run_dir(args.run_dir, name, restart=args.restart)
     train, val = _open(config, world)
     check_end(config, config.train.total_steps(len(train), world), newest)
     check_writable(run_dir)
-    tuning = Tuning(config, deepspeed_dict(ds_raw, ds, config, world), run_dir, args.resume, train, val)
+    tuning = Tuning(config, deepspeed_dict(ds_raw, ds, config, world), run_dir, args.resume, train, val, args.restart)
     if args.print_config:
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(tuning.effective(), indent=2))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sycoca.config import ConfigError, to_dict
 from sycoca.model import parameter_groups
 from train.data import DataError, batches
+from train.health import Place
 from train.tasks.class_names import templates
 from train.tasks.classification import name_features
 from train.tasks.facts import task_facts
@@ -137,7 +138,7 @@ def _layer(name: str, depth: int) -> int | None:
 
 
 def tuning_batches(tuning: Tuning, plan: Plan, first: int, *, rank: int, world: int, device: Any) -> Iterator[tuple]:
-    """Images, rows and ids on the device, from the global batch number `first` on."""
+    """Images, rows and ids on the device, and where they stand, from the global batch number `first` on."""
     config, model = tuning.config, plan.objective.model.config
     global_batch = config.train.micro_batch * world
     epoch, start = divmod(first, len(plan.source) // global_batch)
@@ -159,7 +160,8 @@ def tuning_batches(tuning: Tuning, plan: Plan, first: int, *, rank: int, world: 
     for loaded in loader:
         distinct = plan.source.fresh and not plan.source.repeats
         ids = None if distinct else loaded.ids.to(device, non_blocking=True)
-        yield loaded.images.to(device, non_blocking=True), loaded.tokens.to(device, non_blocking=True), ids
+        images, tokens = (part.to(device, non_blocking=True) for part in (loaded.images, loaded.tokens))
+        yield (images, tokens, ids), Place(loaded.epoch, loaded.index, loaded.keys)
 
 
 def judge_untuned(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> None:

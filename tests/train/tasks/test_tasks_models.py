@@ -343,7 +343,8 @@ def test_a_step_of_every_objective(model, tokenizer, task, changes):
     before = [p.detach().clone() for group in groups for p in group["params"]]
     optimizer = torch.optim.SGD(groups, lr=0.5)
     batches = tuning_batches(Tuning(config, {}, None, False, train, train), plan, 1, rank=1, world=2, device=CPU)
-    batch = next(batches)
+    batch, place = next(batches)
+    assert (place.epoch, place.index, len(place.keys)) == (0, 1, 4)
     values = plan.objective(*plan.objective.inputs(*batch, 5), None, [4])
     assert len(values) == len(plan.objective.names) and all(torch.isfinite(value) for value in values)
     values[0].backward()
