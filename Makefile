@@ -29,7 +29,8 @@ test-runs: $(VENV)/.ready
 	python -m pytest tests -m "run and not full and not gpu"
 
 test-faults: $(VENV)/.ready
-	python -m pytest tests/runs/test_faults.py tests/runs/test_kills.py tests/train/test_durable.py
+	python -m pytest tests/runs/test_faults.py tests/runs/test_disks.py tests/runs/test_signals.py \
+	  tests/runs/test_kills.py tests/train/test_durable.py
 
 test-full: $(VENV)/.ready $(VENV)/.triton
 	$(PIP) install --no-deps -c constraints.txt pycocoevalcap

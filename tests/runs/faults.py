@@ -1,5 +1,7 @@
 """Ranks of a training run as processes forked from a warm one, so that a fault costs no start-up."""
 
+import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.runs.conftest import free_port, metric_rows
 
@@ -29,23 +32,22 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.runs.warm"])
 
 
-def _rank(argv: list[str], environment: dict[str, str], output: str, prepare: Callable[[], None] | None) -> None:
+def _rank(script: str, argv: list[str], environment: dict[str, str], output: str, prepare: Callable | None) -> None:
     os.environ.update(environment)
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    sys.argv = ["train/pretrain.py", *argv]
+    sys.argv = [f"train/{script}.py", *argv]
     # A group of its own, as under a launcher: what is left of it can be found.
     os.setsid()
-    import train.pretrain
-
-    # What follows the last step is not the subject.
-    train.pretrain.evaluate_at_end = lambda *_: None
+    # Loader workers are forked, as in a run that nobody prepared.
+    multiprocessing.set_start_method("fork", force=True)
+    main = _without_the_end(script)
     if prepare is not None:
         prepare()
     code = 1
     try:
-        code = train.pretrain.main()
+        code = main()
     except BaseException:
         import traceback
 
@@ -54,6 +56,22 @@ def _rank(argv: list[str], environment: dict[str, str], output: str, prepare: Ca
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _without_the_end(script: str) -> Callable[[], int]:
+    """The script's `main` without the judging of models, which is not the subject."""
+    module = importlib.import_module(f"train.{script}")
+    if script == "pretrain":
+        module.evaluate_at_end = lambda *_: None
+    else:
+        tuning = importlib.import_module("train.tasks.tuning")
+        tuning.judge_untuned = tuning.judge_tuned = lambda *_, **__: None
+    return module.main
+
+
+def few(*cases) -> list:
+    """Cases of which the first is run with the whole commands, the others in the full matrix alone."""
+    return [pytest.param(case, marks=pytest.mark.faults if n else pytest.mark.run) for n, case in enumerate(cases)]
 
 
 class Run:
@@ -65,9 +83,12 @@ class Run:
         world: ranks.
         stage: of ZeRO, naming the shipped JSON.
         prepare: called in every rank before it starts, to plant a fault.
+        script: of train/.
     """
 
-    def __init__(self, run_dir: Path, *options: str, world: int = 1, stage: int = 2, prepare=None) -> None:
+    def __init__(
+        self, run_dir: Path, *options: str, world: int = 1, stage: int = 2, prepare=None, script: str = "pretrain"
+    ) -> None:
         self.run_dir = run_dir
         argv = ["--config", str(ROOT / "train" / f"ds_zero{stage}.json"), "--run-dir", str(run_dir), *options]
         port = free_port()
@@ -82,7 +103,7 @@ class Run:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            rank = _context.Process(target=_rank, args=(argv, environment, str(self._outputs[rank]), prepare))
+            rank = _context.Process(target=_rank, args=(script, argv, environment, str(self._outputs[rank]), prepare))
             rank.start()
             self.ranks.append(rank)
 
@@ -109,6 +130,13 @@ class Run:
             raise TimeoutError(f"ranks {alive} still run after {timeout_s} s:\n{self.text}")
         return [rank.exitcode for rank in self.ranks]
 
+    def left_behind(self, patience_s: float = 10) -> list[str]:
+        """What still runs of the ranks and what they started, after a while."""
+        sessions, deadline = {rank.pid for rank in self.ranks}, time.monotonic() + patience_s
+        while (left := _of_sessions(sessions)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return left
+
     def kill_now(self) -> None:
         for rank in self.ranks:
             if rank.is_alive():
@@ -134,11 +162,27 @@ class Run:
         return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in self._outputs if path.exists())
 
 
+def _of_sessions(sessions: set[int]) -> list[str]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            # Nobody may be there to ask a dead process how it ended.
+            if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(f"{process.pid} {process.name()}")
+    return found
+
+
 def finished(run: Run, timeout_s: float = 120) -> Run:
     """The run, after all its ranks have ended well."""
     codes = run.wait(timeout_s)
     assert codes == [0] * len(codes), f"{codes}\n{run.text}"
     return run
+
+
+def sized(*options: str) -> tuple[str, ...]:
+    """The small run with some of its options replaced or added."""
+    given = {option.partition("=")[0] for option in options}
+    return (*options, *(option for option in SMALL if option.partition("=")[0] not in given))
 
 
 def rows(run_dir: Path) -> list[dict]:

@@ -1,20 +1,19 @@
-"""What befalls a run, one fault of each class: damage, planted code, broken numbers, silent ranks, full disks."""
+"""What befalls a run's checkpoints, numbers and data: damage, planted code, steps that are not finite, lost samples."""
 
 import json
 import os
-import resource
+import random
 import shutil
-import signal
-import time
 
 import pytest
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from tests.runs.faults import SMALL, Run, finished, rows
 from train.checkpoints import newest_sound
+from train.durable import faults
 from train.run_folder import checkpoint_steps
 
-pytestmark = pytest.mark.run
 SIX = ("steps=6", "save_every=2", "keep_last=5", *SMALL)
 
 
@@ -35,6 +34,7 @@ def longer(*options: str) -> tuple[str, ...]:
     return ("--resume", "steps=8", *options, *SIX[1:])
 
 
+@pytest.mark.run
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(copy, whole):
     damaged = copy / "checkpoints" / "step_00000006" / "mp_rank_00_model_states.pt"
     data = bytearray(damaged.read_bytes())
@@ -46,6 +46,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(copy, whole):
     assert rows(copy)[:4] == rows(whole)[:4] and len(rows(copy)) == 8
 
 
+@pytest.mark.run
 def test_a_run_whose_checkpoints_are_all_damaged_stops(copy):
     for step in checkpoint_steps(copy):
         os.truncate(copy / "checkpoints" / f"step_{step:08d}" / "mp_rank_00_model_states.pt", 100)
@@ -57,6 +58,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops(copy):
     assert rows(copy) == before
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "content", [None, "", "step_99999999\n", "\x00\xff"], ids=["missing", "empty", "wrong", "junk"]
 )
@@ -76,6 +78,7 @@ class Planted:
         return (open, (self.marker, "w"))
 
 
+@pytest.mark.run
 def test_code_in_a_checkpoint_is_not_run(copy, tmp_path):
     from train.durable import read_manifest, record, write_manifest
 
@@ -97,39 +100,62 @@ def test_code_in_a_checkpoint_is_not_run(copy, tmp_path):
     assert marker.exists()
 
 
-def _nan_images(rank: int, steps: range):
-    import torch.distributed as dist
+class BrokenImages:
+    """Images that are not finite.
 
-    import train.inputs
+    Args:
+        rank: on which they come.
+        first: number of the first such batch, from 0.
+        end: number of the first batch behind them.
+    """
 
-    original = train.inputs.Inputs.batches
+    def __init__(self, rank: int, first: int, end: int) -> None:
+        self.rank, self.numbers = rank, range(first, end)
 
-    def batches(self, first, device):
-        for number, (batch, place) in enumerate(original(self, first, device), first + 1):
-            if number in steps and dist.get_rank() == rank:
-                batch = batch._replace(images=torch.full_like(batch.images, float("nan")))
-            yield batch, place
+    def __call__(self) -> None:
+        import train.data.loader
 
-    train.inputs.Inputs.batches = batches
+        original = train.data.loader.Loader.__next__
+        number = -1
+
+        def broken(loader):
+            nonlocal number
+            number += 1
+            loaded = original(loader)
+            if number in self.numbers and os.environ["RANK"] == str(self.rank):
+                loaded = loaded._replace(images=torch.full_like(loaded.images, float("nan")))
+            return loaded
+
+        train.data.loader.Loader.__next__ = broken
 
 
-def nan_once():
-    _nan_images(1, range(3, 4))
+def fp32_weights(run_dir, step: int) -> dict[str, torch.Tensor]:
+    return get_fp32_state_dict_from_zero_checkpoint(str(run_dir / "checkpoints"), tag=f"step_{step:08d}")
 
 
-def nan_for_ever():
-    _nan_images(0, range(3, 100))
-
-
-def test_a_batch_that_is_not_finite_is_left_out_by_all_ranks(tmp_path):
-    run = finished(Run(tmp_path / "run", "steps=5", *SMALL, world=2, prepare=nan_once))
+@pytest.mark.parametrize(
+    ("stage", "accumulation"),
+    [
+        pytest.param(*case, marks=pytest.mark.run if case == (2, 1) else pytest.mark.faults)
+        for case in ((2, 1), (1, 2), (3, 1), (3, 2))
+    ],
+)
+def test_a_batch_that_is_not_finite_is_left_out_by_all_ranks(tmp_path, stage, accumulation):
+    options = ("steps=5", "save_every=1", "keep_last=5", f"accumulation={accumulation}", *SMALL)
+    number = 2 * accumulation
+    prepare = BrokenImages(1, number, number + 1)
+    run = finished(Run(tmp_path / "run", *options, world=2, stage=stage, prepare=prepare))
     assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 0, 1, 1, 1]
-    assert "step 3 left out, its gradient is not finite: rank 1, batch 2 of epoch 0 (" in run.text
+    assert f"step 3 left out, its gradient is not finite: rank 1, batch {number} of epoch 0 (" in run.text
     assert all(row["loss"] is not None for row in rows(tmp_path / "run")[3:])
+    before, left_out, after = (fp32_weights(tmp_path / "run", step) for step in (2, 3, 4))
+    assert all(torch.equal(before[name], left_out[name]) for name in before)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.run
 def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path):
-    run = Run(tmp_path / "run", "steps=40", *SMALL, prepare=nan_for_ever)
+    run = Run(tmp_path / "run", "steps=40", *SMALL, prepare=BrokenImages(0, 2, 100))
     assert run.wait() == [3]
     assert "step 12: 10 steps in a row had non-finite gradients" in run.text and "Traceback" not in run.text
 
@@ -148,60 +174,14 @@ def nan_weight():
     train.health.Skips.after = after
 
 
+@pytest.mark.run
 def test_a_weight_that_is_not_finite_ends_the_run_within_a_step(tmp_path):
     run = Run(tmp_path / "run", "steps=40", *SMALL, prepare=nan_weight)
     assert run.wait() == [3]
     assert "step 4: weight " in run.text and " is not finite" in run.text
 
 
-@pytest.mark.parametrize("silent", [0, 1])
-def test_a_silent_rank_is_named_and_ends_the_others(tmp_path, silent):
-    run = Run(tmp_path / "run", "steps=4000", "timeout_s=3", *SMALL, world=2)
-    run.wait_for(lambda: run.steps() >= 2)
-    run.signal(silent, signal.SIGSTOP)
-    started = time.monotonic()
-    other = run.ranks[1 - silent]
-    other.join(38)
-    taken_s = time.monotonic() - started
-    assert other.exitcode == 4, run.text
-    assert f"rank {silent} has not answered" in run.text or f"rank {silent} does not answer" in run.text
-    assert taken_s < 3 + 35
-    run.kill()
-
-
-def test_a_killed_rank_is_named_and_ends_the_others(tmp_path):
-    run = Run(tmp_path / "run", "steps=4000", *SMALL, world=2)
-    run.wait_for(lambda: run.steps() >= 2)
-    run.signal(1, signal.SIGKILL)
-    started = time.monotonic()
-    run.ranks[0].join(20)
-    assert time.monotonic() - started < 5
-    assert run.ranks[0].exitcode == 4 and "rank 1 does not answer" in run.text, run.text
-
-
-def little_disk():
-    # A write beyond this many bytes fails, as on a full disk.
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-
-def test_a_full_disk_leaves_earlier_checkpoints_unharmed(copy):
-    run = Run(copy, *longer(), prepare=little_disk)
-    assert run.wait() == [3]
-    assert "checkpoint step_00000008 could not be written" in run.text and "Traceback" not in run.text
-    assert newest_sound(copy).step == 6 and not list((copy / "checkpoints").glob(".*"))
-
-
-def test_two_runs_cannot_write_into_one_folder(tmp_path):
-    first = Run(tmp_path / "run", "steps=4000", *SMALL)
-    first.wait_for(lambda: first.steps() >= 1)
-    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True, exist_ok=True)
-    second = Run(tmp_path / "run", "--resume", "steps=4000", *SMALL)
-    assert second.wait() == [2]
-    assert "another process is writing there" in second.text and "Traceback" not in second.text
-    first.kill()
-
-
+@pytest.mark.run
 def test_a_run_changes_its_ranks_and_its_stage(copy, whole):
     # A large epsilon makes the step a smooth function of the gradient.
     smooth = (*SMALL, "eps=1e-2")
@@ -231,12 +211,77 @@ def unreadable():
     train.data.scenes.Scenes.pair = pair
 
 
+@pytest.mark.run
 def test_a_source_that_loses_too_much_ends_the_run(tmp_path):
     run = Run(tmp_path / "run", "steps=40", *SMALL, prepare=unreadable)
     assert run.wait() == [3]
     assert "training samples cannot be used, data.max_left_out is 0.1" in run.text and "planted fault" in run.text
 
 
+@pytest.fixture
+def tune(whole, tmp_path):
+    """Fine-tunes the run's model."""
+    shutil.copytree(whole / "model", tmp_path / "model")
+    options = ("steps=6", "save_every=3", "micro_batch=4", "log_every=1", "workers=0", "warmup_steps=2")
+    known = ("--model", str(tmp_path / "model"), "--data", "scenes?count=60&fresh=false")
+
+    def run(*more: str, prepare=None) -> Run:
+        argv = ("retrieval", *known, *options, *more)
+        return Run(tmp_path / "tuned", *argv, prepare=prepare, script="finetune")
+
+    return run
+
+
+@pytest.mark.faults
+def test_fine_tuning_leaves_out_the_same_steps_and_names_them(tune):
+    run = finished(tune(prepare=BrokenImages(0, 2, 3)))
+    assert [row["skipped"] for row in rows(run.run_dir)] == [0, 0, 1, 1, 1, 1]
+    assert "step 3 left out, its gradient is not finite: rank 0, batch 2 of epoch 0 (" in run.text
+
+
+@pytest.mark.faults
+def test_fine_tuning_ends_where_its_source_loses_too_much(tune):
+    run = tune(prepare=unreadable)
+    assert run.wait() == [3], run.text
+    assert "training samples cannot be used, data.max_left_out is 0.1" in run.text and "planted fault" in run.text
+
+
+@pytest.mark.run
+def test_a_run_without_a_checkpoint_is_started_anew_when_asked(tmp_path):
+    run_dir = tmp_path / "run"
+    first = Run(run_dir, "steps=4000", "save_every=4000", *SMALL)
+    first.wait_for(lambda: first.steps() >= 1)
+    first.kill()
+    for option in ("--resume", None):
+        refused = Run(run_dir, *filter(None, (option,)), "steps=2", *SMALL)
+        assert refused.wait() == [2] and "--restart" in refused.text and refused.text.count("\n") == 1
+    (run_dir / "tokenizer.json").write_text("{")
+    finished(Run(run_dir, "--restart", "steps=2", *SMALL))
+    assert [row["step"] for row in rows(run_dir)] == [1, 2] and checkpoint_steps(run_dir) == [2]
+    refused = Run(run_dir, "--restart", "steps=2", *SMALL)
+    assert refused.wait() == [2] and "already holds a run; use --resume" in refused.text
+
+
+@pytest.mark.run
+def test_damage_of_every_file_of_a_checkpoint_is_seen(copy):
+    folder, draw = copy / "checkpoints" / "step_00000006", random.Random(0)
+    names = sorted(path.name for path in folder.iterdir())
+    assert len(names) == 3
+    for name in names:
+        content = (folder / name).read_bytes()
+        for size in (0, len(content) // 2, len(content) - 1):
+            (folder / name).write_bytes(content[:size])
+            assert [fault.file for fault in faults(folder)] == [name], size
+        for bit in draw.sample(range(8 * len(content)), 8):
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            (folder / name).write_bytes(damaged)
+            assert [fault.file for fault in faults(folder)] == [name], bit
+        (folder / name).write_bytes(content)
+    assert faults(folder) == []
+
+
+@pytest.mark.run
 def test_the_manifest_of_a_run_is_plain_data(whole):
     body = json.loads((whole / "checkpoints" / "step_00000006" / "manifest.json").read_text())["body"]
     assert (body["step"], body["ranks"], body["stage"]) == (6, 1, 2)

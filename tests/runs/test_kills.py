@@ -18,6 +18,9 @@ FORMS = list(itertools.product((1, 2, 3), (1, 2), (0, 2)))
 # (killed behind this step, ZeRO stage, accumulation, loader workers, ranks)
 POINTS = [(RANDOM.randint(4, 11), *FORMS[i % 12], 1 + (i + i // 12) % 2) for i in range(20)]
 FEW = {0, 2, 4, 7, 8, 10}
+# ZeRO stage, accumulation, workers and ranks of the run that is killed while it saves, and the places of the save.
+SAVED = (2, 1, 0, 1)
+PLACES = 13
 
 
 def options(accumulation: int, workers: int) -> list[str]:
@@ -31,15 +34,22 @@ def weights(run_dir) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def fault_free(tmp_path_factory):
+def folders():
+    """Where the runs of `fault_free` lie."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def fault_free(tmp_path_factory, folders):
     """Rows and final weights of runs that nothing befalls, one for each configuration."""
     known: dict[tuple, tuple] = {}
 
     def get(stage: int, accumulation: int, workers: int, world: int):
         key = (stage, accumulation, workers, world)
         if key not in known:
-            run_dir = tmp_path_factory.mktemp("whole") / "run"
-            finished(Run(run_dir, *options(accumulation, workers), world=world, stage=stage))
+            run_dir = folders[key] = tmp_path_factory.mktemp("whole") / "run"
+            counts = DieAt(None) if key == SAVED else None
+            finished(Run(run_dir, *options(accumulation, workers), world=world, stage=stage, prepare=counts))
             known[key] = rows(run_dir), weights(run_dir)
         return known[key]
 
@@ -66,14 +76,17 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, fault_free, number):
 
 
 class DieAt:
-    """Ends the process before the n-th of the calls by which a checkpoint comes to the disk, in the second save."""
+    """Ends the process before one of the calls by which its second checkpoint comes to the disk.
 
-    def __init__(self, call: int) -> None:
-        self.call = call
+    Args:
+        place: of the call, from 0; None lets the process live and writes down how many calls there were.
+    """
+
+    def __init__(self, place: int | None) -> None:
+        self.place = place
 
     def __call__(self) -> None:
         import train.checkpoints
-        import train.durable
 
         calls = 0
         original = train.checkpoints.save_checkpoint
@@ -81,28 +94,31 @@ class DieAt:
         def counted(function):
             def wrapper(*args, **kwargs):
                 nonlocal calls
-                calls += 1
-                if calls > self.call:
+                if calls == self.place:
                     os.kill(os.getpid(), signal.SIGKILL)
+                calls += 1
                 return function(*args, **kwargs)
 
             return wrapper
 
         def save(engine, run_dir, *, step, **kwargs):
-            if step == 2 * EVERY:
-                torch.save = counted(torch.save)
-                os.fsync = counted(os.fsync)
-                os.replace = counted(os.replace)
-            return original(engine, run_dir, step=step, **kwargs)
+            if step != 2 * EVERY:
+                return original(engine, run_dir, step=step, **kwargs)
+            real = torch.save, os.fsync, os.replace
+            torch.save, os.fsync, os.replace = map(counted, real)
+            saved = original(engine, run_dir, step=step, **kwargs)
+            torch.save, os.fsync, os.replace = real
+            (run_dir / "calls").write_text(str(calls))
+            return saved
 
         train.checkpoints.save_checkpoint = save
 
 
-@pytest.mark.parametrize("call", _few(range(10), {4}))
-def test_a_run_killed_while_it_saves_resumes_from_a_sound_checkpoint(tmp_path, fault_free, call):
-    expected, expected_weights = fault_free(2, 1, 0, 1)
+@pytest.mark.parametrize("place", _few(range(PLACES), {4}))
+def test_a_run_killed_while_it_saves_resumes_from_a_sound_checkpoint(tmp_path, fault_free, place):
+    expected, expected_weights = fault_free(*SAVED)
     run_dir = tmp_path / "run"
-    run = Run(run_dir, *options(1, 0), prepare=DieAt(call))
+    run = Run(run_dir, *options(1, 0), prepare=DieAt(place))
     assert run.wait() == [-signal.SIGKILL]
     assert checkpoint_steps(run_dir)[-1] in (EVERY, 2 * EVERY)
     finished(Run(run_dir, "--resume", *options(1, 0)))
@@ -112,20 +128,10 @@ def test_a_run_killed_while_it_saves_resumes_from_a_sound_checkpoint(tmp_path, f
     assert not list((run_dir / "checkpoints").glob(".*"))
 
 
-def test_the_saving_of_a_checkpoint_has_more_calls_than_are_killed(tmp_path):
-    # Two torch.save, their fsyncs, the manifest's, the renames and `latest`: the tenth call is still inside the save.
-    from train.durable import write_manifest
-
-    calls = []
-    replace, fsync = os.replace, os.fsync
-    os.replace = lambda *args: (calls.append("replace"), replace(*args))
-    os.fsync = lambda *args: (calls.append("fsync"), fsync(*args))
-    try:
-        write_manifest(tmp_path, {}, {})
-    finally:
-        os.replace, os.fsync = replace, fsync
-    # files: (save, fsync) x 2; manifest; rename and folder; latest
-    assert 4 + len(calls) + 2 + len(calls) > 10
+@pytest.mark.run
+def test_a_save_has_all_the_places_at_which_it_is_killed(fault_free, folders):
+    fault_free(*SAVED)
+    assert int((folders[SAVED] / "calls").read_text()) == PLACES
 
 
 @pytest.mark.run

@@ -9,7 +9,17 @@ from train.engine import import_deepspeed, quiet_environment
 
 quiet_environment(has_cuda=False)
 import_deepspeed()
-for name in ("checkpoints", "evaluate", "health", "inputs", "metrics", "optim", "pretrain"):
+for name in (
+    "checkpoints",
+    "evaluate",
+    "finetune",
+    "heartbeat",
+    "inputs",
+    "metrics",
+    "optim",
+    "pretrain",
+    "tasks.tuning",
+):
     importlib.import_module(f"train.{name}")
 # The first optimizer would import it.
 for name in ("torch._dynamo", "torch.utils.tensorboard"):

@@ -141,6 +141,8 @@ BAD = {
     "name too long to resume": (["--resume", "--run-dir", "x" * 300], None, "File name too long"),
     "name too long for a JSON": (["--config", "x" * 300], None, "File name too long"),
     "nothing to resume": (["--resume"], None, "no checkpoint"),
+    "restart of no run": (["--restart"], None, "--restart: name the run with --run-dir"),
+    "restart and resume": (["--restart", "--resume"], None, "give one of them"),
     "no such JSON": (["--config", "ds_zero9.json"], None, "ds_zero"),
     "not JSON": ([], "{", "not valid JSON"),
     "a list": ([], "[]", "object"),
@@ -286,11 +288,26 @@ def test_only_the_first_rank_prints_the_configuration(launch, monkeypatch, capsy
     assert (json.loads(printed.out)["run"]["preset"] == "tiny") if rank == 0 else (printed.out == "")
 
 
-def test_run_folder_that_holds_a_run_is_refused(launch, tmp_path):
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="--resume"):
-        launch("--run-dir", "old")
+def test_run_folder_that_holds_a_run_is_refused(launch, stopped):
+    with pytest.raises(ConfigError, match="already holds a run; add --resume"):
+        launch("--run-dir", "runs/run")
+    with pytest.raises(ConfigError, match="already holds a run; use --resume"):
+        launch("--restart", "--run-dir", "runs/run")
+
+
+def test_a_run_without_a_checkpoint_is_started_anew_only_when_asked(launch, tmp_path):
+    (tmp_path / "runs" / "old" / "checkpoints" / ".partial").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds other files; name another folder"):
+        launch("--restart", "--run-dir", "runs/old")
+    (tmp_path / "runs" / "old" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"ended before its first checkpoint; add --restart"):
+        launch("--run-dir", "runs/old")
+    for named in ((), ("--run-dir", "runs/old")):
+        with pytest.raises(ConfigError, match=r"no checkpoint in runs/old, .* --restart --run-dir runs/old starts it"):
+            launch("--resume", *named)
+    started = launch("--restart", "--run-dir", "runs/old")
+    assert (started.run_dir, started.restart, started.resume) == (Path("runs/old"), True, False)
+    assert launch("--restart", "--run-dir", "fresh").run_dir == Path("fresh")
 
 
 def test_file_in_place_of_the_run_folder_is_refused(launch, tmp_path):
@@ -306,20 +323,76 @@ def test_fresh_runs_do_not_share_a_folder(launch, tmp_path):
     assert launch().run_dir == Path("runs/tiny-2")
 
 
-def test_script_stops_within_three_seconds_and_before_torch(tmp_path):
+def _processor_s() -> float:
+    """Seconds that finished child processes have computed: what else runs on the machine does not count."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "named"),
+    [
+        ("pretrain", ["lrr=1"], "optimizer.lr"),
+        ("pretrain", ["--preset", "tinny"], "tiny"),
+        ("pretrain", ["--data", "captions.tsv"], "captions.tsv"),
+        ("pretrain", ["--resume", "--run-dir", "nowhere"], "nowhere"),
+        ("finetune", ["retrieval", "lrr=1"], "optimizer.lr"),
+        ("evaluate", ["retrieval", "lmit=3"], "limit"),
+    ],
+)
+def test_scripts_stop_within_three_seconds_and_before_torch(tmp_path, script, argv, named):
+    path = SCRIPT.with_name(f"{script}.py")
+    config = [] if script == "evaluate" else ["--config", "ds_zero2.json"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    model = [] if script == "pretrain" else ["--model", "model"]
     probe = (
-        "import sys, runpy; sys.argv = ['pretrain.py', '--config', 'ds_zero2.json', 'lrr=1'];"
-        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
-        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        f"import sys, runpy; sys.argv = {[path.name, *argv, *config, *model]!r};"
+        f"sys.path.insert(0, {str(path.parent)!r})\n"
+        f"try: runpy.run_path({str(path)!r}, run_name='__main__')\n"
         "except SystemExit as stop: print('torch' in sys.modules, stop.code)"
     )
-    before = os.times()
+    before = _processor_s()
     done = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
     assert done.stdout.split() == ["False", "2"], done
-    assert done.stderr.count("\n") == 1 and "optimizer.lr" in done.stderr
-    # Processor time: what else runs on the machine does not count.
-    after = os.times()
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 3
+    assert done.stderr.count("\n") == 1 and named in done.stderr
+    assert _processor_s() - before < 3
+
+
+def test_all_mistakes_are_found_within_three_seconds_of_the_start(tmp_path):
+    """Each on its own costs a start of Python and its own line of the table; here one start serves all."""
+    probe = f"""
+import sys, time
+started = time.process_time()
+sys.path.insert(0, {str(ROOT)!r})
+import json, os
+from pathlib import Path
+from train.launch import parse
+from sycoca.config import ConfigError
+start_s, cases = time.process_time() - started, json.loads(sys.stdin.read())
+longest_s = 0.0
+for argv, config in cases:
+    name = "ds_zero2.json"
+    if config is not None:
+        name = "user.json"
+        Path(name).write_text(config if isinstance(config, str) else json.dumps(config))
+    started = time.process_time()
+    try:
+        parse(["--config", name, *argv], script=Path({str(SCRIPT)!r}), has_cuda=False)
+    except ConfigError:
+        longest_s = max(longest_s, time.process_time() - started)
+    else:
+        sys.exit(f"accepted: {{argv}}")
+print(json.dumps([start_s + longest_s, len(cases), "torch" in sys.modules]))
+"""
+    cases = json.dumps([(argv, config) for argv, config, _ in BAD.values()])
+    done = subprocess.run(
+        [sys.executable, "-c", probe], input=cases, cwd=tmp_path, capture_output=True, text=True, env=os.environ
+    )
+    assert not done.returncode, done.stderr[-2000:]
+    longest_s, number, has_torch = json.loads(done.stdout.splitlines()[-1])
+    print(f"{number} configurations, the slowest {longest_s:.2f} s after the start")
+    assert number >= 30 and longest_s < 3 and not has_torch
 
 
 def test_schema_agrees_with_the_installed_deepspeed():

@@ -1,12 +1,15 @@
 """Rows, averages and what a resumed run drops."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.ranks import run_ranks
 from tests.sycoca.micro import micro
+from train.exits import StopRun
+from train.health import Place, Spikes
 from train.metrics import LOSS_NAMES, RunLog, Timing, format_figures, trained_losses, truncate_after
 
 
@@ -64,6 +67,39 @@ def test_losses_are_averaged_over_the_ranks_and_written_once(tmp_path):
     run_ranks(work, 2)
     (row,) = rows(tmp_path)
     assert row["loss"] == pytest.approx(5.0) and row["local"] == pytest.approx(9.0)
+
+
+def test_a_loss_that_leaps_is_told_with_its_batches(tmp_path, capsys):
+    log = RunLog(tmp_path, losses=("loss",), total_steps=66, first_step=0, every=66, spikes=Spikes(2.0))
+    for step in range(66):
+        loss = torch.full((len(LOSS_NAMES),), 5.0 if step == 64 else 1.0)
+        log.step(step, loss, {"lr": 0.1, "grad_norm": 1.0}, Timing(0.0, 1.0, 4), [Place(0, step, ("a", "b"))])
+    log.close()
+    told = [line for line in capsys.readouterr().out.splitlines() if "leaps" in line]
+    assert told == ["loss leaps to 5.000 at step 65: batch 64 of epoch 0 (a, b)"]
+
+
+def test_rows_that_cannot_be_written_end_the_run_on_all_ranks(tmp_path):
+    def work(rank, world):
+        log = RunLog(
+            tmp_path, losses=LOSS_NAMES, total_steps=4, first_step=0, every=1, group=torch.distributed.group.WORLD
+        )
+        if rank == 0:
+            log._jsonl.close()
+            log._jsonl = Path("/dev/full").open("a")  # noqa: SIM115
+        heard = []
+        for step in range(2):
+            log.step(step, values(step), {"lr": 1.0, "grad_norm": 1.0}, Timing(0.0, 1.0, 4))
+            heard.append(log.failure)
+        for end in (lambda: log.check(1.0), log.close):
+            try:
+                end()
+            except StopRun as stop:
+                heard.append(str(stop))
+        return heard
+
+    full = f"{tmp_path / 'metrics.jsonl'}: No space left on device"
+    assert run_ranks(work, 2) == [[full, full, full, full], [None, None, "rank 0 cannot write its figures", full]]
 
 
 def test_the_line_of_figures_names_what_it_shows():
