@@ -61,8 +61,7 @@ def holds_folder(run: Run) -> bool:
     return (run.run_dir / "config.json").exists()
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", few(1, 2))
 def test_a_request_to_stop_before_the_first_step_is_saved(tmp_path, world):
     options = ("steps=4", "save_every=2", *sized())
     expected = finished(Run(tmp_path / "expected", *options, world=world))
@@ -89,7 +88,7 @@ def slow_export():
     train.export.export = export
 
 
-@pytest.mark.faults
+@pytest.mark.run
 def test_a_request_to_stop_after_the_last_step_ends_at_once(tmp_path):
     options = ("steps=2", *sized())
     run = Run(tmp_path / "run", *options, prepare=slow_export)
@@ -121,7 +120,7 @@ def test_asked_twice_a_rank_ends_whatever_it_waits_for(tmp_path, number, code):
     assert run.left_behind() == []
 
 
-@pytest.mark.faults
+@pytest.mark.run
 def test_an_interrupted_run_says_so_and_leaves_nothing(tmp_path):
     run = Run(tmp_path / "run", "steps=4000", "save_every=2", *sized("workers=1"), world=2)
     run.wait_for(lambda: run.steps() >= 3)
@@ -150,7 +149,7 @@ class StaleLock:
             (type(self.home)(_get_build_directory(operator, False)) / "lock").touch()
 
 
-@pytest.mark.faults
+@pytest.mark.run
 def test_the_lock_of_a_killed_compilation_stops_nobody(tmp_path):
     started = time.monotonic()
     finished(Run(tmp_path / "run", "steps=2", *sized(), world=2, prepare=StaleLock(tmp_path / "home")), 60)

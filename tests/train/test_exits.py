@@ -54,6 +54,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from train.signals import StopRequest
 StopRequest()
 def send():
+    time.sleep(0.3)
     for name in {numbers!r}:
         os.kill(os.getpid(), getattr(signal, name))
         time.sleep({pause_s})

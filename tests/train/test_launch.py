@@ -336,7 +336,7 @@ def _processor_s() -> float:
         ("pretrain", ["--preset", "tinny"], "tiny"),
         ("pretrain", ["--data", "captions.tsv"], "captions.tsv"),
         ("pretrain", ["--resume", "--run-dir", "nowhere"], "nowhere"),
-        ("finetune", ["retrieval", "lrr=1"], "optimizer.lr"),
+        ("finetune", ["retrievel"], "retrieval"),
         ("evaluate", ["retrieval", "lmit=3"], "limit"),
     ],
 )

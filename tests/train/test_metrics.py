@@ -89,7 +89,7 @@ def test_rows_that_cannot_be_written_end_the_run_on_all_ranks(tmp_path):
             log._jsonl = Path("/dev/full").open("a")  # noqa: SIM115
         heard = []
         for step in range(2):
-            log.step(step, values(step), {"lr": 1.0, "grad_norm": 1.0}, Timing(0.0, 1.0, 4))
+            log.step(step, values(float(step)), {"lr": 1.0, "grad_norm": 1.0}, Timing(0.0, 1.0, 4))
             heard.append(log.failure)
         for end in (lambda: log.check(1.0), log.close):
             try:

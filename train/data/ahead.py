@@ -6,8 +6,11 @@ the work, never the result.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -84,7 +87,23 @@ def _as_is(made):
     return made
 
 
+def _end_with_parent() -> None:
+    """On Linux, lets the kernel kill this process when the one that started it dies."""
+    death_signal = 1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(death_signal, int(signal.SIGKILL))
+
+
+def _tell_of_others(kind: type, error: BaseException, trace: Any) -> None:
+    """What a worker's threads run into when its rank ends before it has taken the last batch is no news."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
+
+
 def _start_worker(_: int) -> None:
+    # A worker that outlives its rank holds the rank's connections open, and the other ranks would wait for it.
+    _end_with_parent()
+    sys.excepthook = _tell_of_others
     # Signals are the main process's to handle; a fork of a process that used threads must not use them again.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
