@@ -198,17 +198,18 @@ def test_a_run_changes_its_ranks_and_its_stage(copy, whole):
 
 
 def unreadable():
-    import train.data.scenes
+    from train.data.sample import BadSample
+    from train.data.scenes import Scenes
 
-    def pair(self, index, pick):
-        from train.data.sample import BadSample
+    def failing(original):
+        def read(self, index, *rest):
+            if index % 3 == 0:
+                raise BadSample("planted fault", str(index))
+            return original(self, index, *rest)
 
-        if index % 3 == 0:
-            raise BadSample("planted fault", str(index))
-        return original(self, index, pick)
+        return read
 
-    original = train.data.scenes.Scenes.pair
-    train.data.scenes.Scenes.pair = pair
+    Scenes.pair, Scenes.captioned = failing(Scenes.pair), failing(Scenes.captioned)
 
 
 @pytest.mark.run
