@@ -113,9 +113,9 @@ class BrokenImages:
         self.rank, self.numbers = rank, range(first, end)
 
     def __call__(self) -> None:
-        import train.data.loader
+        import train.data.ahead
 
-        original = train.data.loader.Loader.__next__
+        original = train.data.ahead.Loader.__next__
         number = -1
 
         def broken(loader):
@@ -126,7 +126,7 @@ class BrokenImages:
                 loaded = loaded._replace(images=torch.full_like(loaded.images, float("nan")))
             return loaded
 
-        train.data.loader.Loader.__next__ = broken
+        train.data.ahead.Loader.__next__ = broken
 
 
 def fp32_weights(run_dir, step: int) -> dict[str, torch.Tensor]:
