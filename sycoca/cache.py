@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sycoca.decode_step import CrossStep, Growth, SelfStep, fits
 from sycoca.layers import KeysValues
 
 
@@ -27,36 +28,61 @@ class Session(Protocol):
 
 
 class GrowingKeysValues:
-    """Keys and values of one self-attention layer in memory that is taken once.
+    """Keys and values of a stack of self-attention layers, in memory that is taken once.
 
     Args:
+        layers: L, of equal heads.
         room: most tokens.
     """
 
-    def __init__(self, room: int) -> None:
-        self._room, self._length = room, 0
-        self._stored: Tensor | None = None  # (2, N, H, room, d)
+    def __init__(self, layers: int, room: int) -> None:
+        self._layers, self._room, self._first, self._length = layers, room, 0, 0
+        self._stored: Tensor | None = None  # (L + L, N, H, room, d)
 
-    def extend(self, new: KeysValues) -> KeysValues:
-        """Keys and values of all tokens, those of `new` (N, H, n, d) behind the ones before."""
-        N, H, n, d = new.keys.shape
-        if self._stored is None:
-            self._stored = new.keys.new_empty(2, N, H, self._room, d)
-        elif n > 1:
+    def begin(self, count: int) -> None:
+        """Makes place for so many tokens behind the ones before."""
+        if count > 1 and self._length:
             raise ValueError("cache: several tokens at once only at the beginning of the captions")
-        end = self._length + n
-        self._stored[0, :, :, self._length : end] = new.keys
-        self._stored[1, :, :, self._length : end] = new.values
-        self._length = end
-        return KeysValues(*self._stored[:, :, :, :end].unbind(0))
+        self._first, self._length = self._length, self._length + count
+
+    def past(self, layer: int) -> "LayerPast":
+        """What a block of this layer is given."""
+        return LayerPast(self, layer)
+
+    def extend(self, layer: int, new: KeysValues) -> KeysValues:
+        """Keys and values of all tokens of a layer, with `new` (N, H, n, d) in the place that was made."""
+        N, H, _, d = new.keys.shape
+        if self._stored is None:
+            self._stored = new.keys.new_empty(2 * self._layers, N, H, self._room, d)
+        parts = self._stored[layer :: self._layers]
+        for part, of_new in zip(parts, new):
+            part[:, :, self._first : self._length] = of_new
+        return KeysValues(*parts[:, :, :, : self._length].unbind(0))
+
+    def growths(self) -> list[Growth]:
+        """Of each layer the places of the one new token, and keys and values of all."""
+        L, whole = self._layers, self._stored.narrow(3, 0, self._length).unbind(0)
+        new = self._stored.narrow(3, self._first, 1).unbind(0)
+        return list(map(Growth, new[:L], new[L:], whole[:L], whole[L:]))
 
     def select(self, rows: Tensor) -> None:
         """Keeps copies of the captions `rows` (M,) int64."""
         written = self._stored[:, :, :, : self._length].index_select(1, rows)
         if len(rows) != self._stored.shape[1]:
-            _, _, H, room, d = self._stored.shape
-            self._stored = self._stored.new_empty(2, len(rows), H, room, d)
+            parts, _, H, room, d = self._stored.shape
+            self._stored = self._stored.new_empty(parts, len(rows), H, room, d)
         self._stored[:, :, :, : self._length] = written
+
+
+class LayerPast:
+    """The part of one layer in a `GrowingKeysValues`."""
+
+    def __init__(self, stack: GrowingKeysValues, layer: int) -> None:
+        self._stack, self._layer = stack, layer
+
+    def extend(self, new: KeysValues) -> KeysValues:
+        """As `sycoca.layers.Past`."""
+        return self._stack.extend(self._layer, new)
 
 
 class Cached:
@@ -73,27 +99,53 @@ class Cached:
         patches = image_features.memory
         self._images = len(patches)
         self._tokens = torch.empty(self._images, 0, dtype=torch.int64, device=patches.device)
-        self._words = [GrowingKeysValues(room) for _ in self._text.blocks]
-        self._layers = [
-            (causal, GrowingKeysValues(room), cross, cross.look_up(patches)) for causal, cross in self._decoder.layers()
-        ]
+        self._causal, self._cross = zip(*self._decoder.layers())
+        self._memories = [KeysValues(*(part.contiguous() for part in c.look_up(patches))) for c in self._cross]
+        self._words, self._told = (GrowingKeysValues(len(b), room) for b in (self._text.blocks, self._causal))
+        self._steps = self._single_steps() if all(map(fits, (*self._text.blocks, *self._decoder.blocks))) else None
+
+    def _single_steps(self) -> tuple[list[SelfStep], list[SelfStep], list[CrossStep]]:
+        words, told = ([SelfStep(block) for block in blocks] for blocks in (self._text.blocks, self._causal))
+        return words, told, list(map(CrossStep, self._cross, self._memories))
 
     def advance(self, tokens: Tensor) -> Tensor:
         first = self._tokens.shape[1]
         self._tokens = torch.cat((self._tokens, tokens), dim=1)
+        for stack in (self._words, self._told):
+            stack.begin(tokens.shape[1])
         x, visible = self._text.sequence(tokens, first=first), self._text.visible(self._tokens, first)
+        if self._steps is None or first == 0:
+            x = self._through_blocks(x, visible)
+            return self._decoder.head(x).float()
+        # Spares what autograd notes of every call.
+        with torch.inference_mode():
+            x = self._through_steps(x.squeeze(1), None if visible is None else visible[:, None])
+            return self._decoder.head(x).float()
+
+    def _through_blocks(self, x: Tensor, visible: Tensor | None) -> Tensor:
+        """States (N, D) of the last of tokens (N, n, D), each of which sees `visible` (N, n, M)."""
         masks = () if visible is None else (None, visible)
-        for block, past in zip(self._text.blocks, self._words):
-            x = block(x, past, *masks)
+        for layer, block in enumerate(self._text.blocks):
+            x = block(x, self._words.past(layer), *masks)
         N, n, D = x.shape
-        for causal, past, cross, patches in self._layers:
-            x = causal(x, past).view(self._images, -1, D)
-            x = cross(x, patches).view(N, n, D)
-        return self._decoder.head(x[:, -1:]).squeeze(1).float()
+        for layer, (causal, cross, memory) in enumerate(zip(self._causal, self._cross, self._memories)):
+            x = causal(x, self._told.past(layer)).view(self._images, -1, D)
+            x = cross(x, memory).view(N, n, D)
+        return x[:, -1]
+
+    def _through_steps(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """The same for one token (N, D) that sees `keep` (N, 1, 1, M); in place."""
+        words, told, looks = self._steps
+        for step, growth in zip(words, self._words.growths()):
+            step(x, growth, keep)
+        for step, growth, look in zip(told, self._told.growths(), looks):
+            step(x, growth)
+            look(x)
+        return x
 
     def select(self, rows: Tensor) -> None:
-        for past in (*self._words, *(past for _, past, _, _ in self._layers)):
-            past.select(rows)
+        for stack in (self._words, self._told):
+            stack.select(rows)
         self._tokens = self._tokens[rows]
 
 

@@ -42,7 +42,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, whole = getattr(self, field.name), field.type in (int, int | None)
+            value, whole = getattr(self, field.name), field.name in WHOLE_OPTIONS
             if value is not None and type(value) not in ((int,) if whole else (int, float)):
                 raise TypeError(f"generate: {field.name} must be a {'whole ' * whole}number, got {value!r}")
         _require(self.num_beams >= 1, "num_beams must be at least 1", self.num_beams)
@@ -53,10 +53,10 @@ class Decoding:
             _positive(self.temperature), "temperature must be above 0 (None chooses the likeliest)", self.temperature
         )
         _require(_positive(self.repetition_penalty), "repetition_penalty must be above 0", self.repetition_penalty)
-        _require(math.isfinite(self.length_penalty), "length_penalty must be finite", self.length_penalty)
+        _require(-10 <= self.length_penalty <= 10, "length_penalty must lie in -10..10", self.length_penalty)
         _require(self.no_repeat_ngram >= 0, "no_repeat_ngram must be at least 0", self.no_repeat_ngram)
         if self.temperature is None:
-            for name in ("top_k", "top_p"):
+            for name in ("top_k", "top_p", "seed"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"generate: {name} needs a temperature (1.0 draws from the model's distribution)")
             if self.num_return > self.num_beams:
@@ -85,6 +85,9 @@ class Decoding:
         _require(1 <= most <= context_length, f"max_length must lie in 1..{context_length}", most)
         _require(0 <= self.min_length <= most, f"min_length must lie in 0..{most}", self.min_length)
         return self.min_length, most
+
+
+WHOLE_OPTIONS = frozenset(field.name for field in fields(Decoding) if field.type in (int, int | None))
 
 
 def _require(condition: bool, rule: str, value: Any) -> None:

@@ -199,26 +199,35 @@ def write(
     prompts, prompt_lengths = prompts[rows], prompt_lengths[rows]
     tokens = torch.full((B * R, max_length), pad_id, dtype=torch.int64, device=device)
     tokens[:, :first] = prompts[:, :first]
-    ended = torch.zeros(B * R, dtype=torch.bool, device=device)
+    ended: Tensor | None = None
     scores = torch.zeros(B * R, device=device)
-    searched = scores.clone()
+    # Without a penalty what may be said keeps its probability.
+    searched = scores.clone() if constraints.penalises else scores
 
     logits = session.advance(prompts[::R, :first])[rows]
     session.select(rows)
     for t in range(first, max_length):
         log_probs = logits.log_softmax(dim=1)
         allowed = constraints.apply(log_probs, tokens[:, :t])
-        token = choose(allowed, t).masked_fill(ended, pad_id)
-        counts = ~ended
+        token, idle = choose(allowed, t), ended
+        if ended is not None:
+            token = token.masked_fill(ended, pad_id)
         if t < prompts.shape[1]:
             forced = t < prompt_lengths
-            token, counts = torch.where(forced, prompts[:, t], token), counts & ~forced
-        for total, part in ((scores, log_probs), (searched, allowed)):
-            total += part.gather(1, token[:, None]).squeeze(1).where(counts, 0.0)
+            token, idle = torch.where(forced, prompts[:, t], token), forced if ended is None else forced | ended
+        for total, part in ((scores, log_probs), (searched, allowed))[: 1 + constraints.penalises]:
+            gain = part.gather(1, token[:, None]).squeeze(1)
+            total += gain if idle is None else gain.masked_fill(idle, 0.0)
         tokens[:, t] = token
-        ended = ended | (counts & (token == constraints.eot_id))
-        if t + 1 == max_length or bool(ended.all()):
+        ends = token == constraints.eot_id
+        if idle is not None:
+            ends &= ~idle
+        if ended is not None:
+            ends |= ended
+        count = int(ends.count_nonzero())
+        if t + 1 == max_length or count == len(ends):
             break
+        ended = ends if count else None
         logits = session.advance(token[:, None])
     return tokens.view(B, R, -1), scores.view(B, R), searched.view(B, R)
 

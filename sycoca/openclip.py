@@ -203,7 +203,7 @@ _VISION = {
     "attn_pooler_heads": "pooler_heads",
 }
 _TEXT = {"context_length": "context_length", "vocab_size": "vocab_size", "width": "width", "layers": "depth"}
-_IGNORED = {"output_tokens", "attentional_pool", "head_width", "dim_head", "n_queries", "hf_tokenizer_name", "heads"}
+_IGNORED = {"output_tokens", "attentional_pool", "head_width", "dim_head", "n_queries", "heads"}
 _POOLERS = {False: "cls", True: "single", "parallel": "parallel", "cascade": "cascade"}
 
 
@@ -219,6 +219,8 @@ def openclip_config(model_cfg: Mapping[str, Any], *, correct_cls_mask: bool = Fa
     """
     parts = {name: dict(model_cfg.get(name, {})) for name in ("vision_cfg", "text_cfg", "multimodal_cfg")}
     vision, text, decoder = parts.values()
+    if decoder and (name := text.pop("hf_tokenizer_name", None)):
+        raise WeightsError(f"text_cfg.hf_tokenizer_name '{name}': another vocabulary than CLIP's, which is read alone")
     if not decoder or not text.get("embed_cls"):
         raise WeightsError("no CoCa of open_clip: needs multimodal_cfg and a text_cfg with embed_cls")
     others = {

@@ -8,6 +8,7 @@ The repetition penalty is CTRL's (arXiv 1909.05858), taken on log-probabilities,
 offset. Nucleus: arXiv 1904.09751. Forbidding does not renormalise: a caption's score stays that of the model.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -31,17 +32,21 @@ class Constraints:
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
 
+    @property
+    def penalises(self) -> bool:
+        """Whether the log-probability of a token that may be said can change."""
+        return self.repetition_penalty != 1.0
+
     def apply(self, log_probs: Tensor, written: Tensor) -> Tensor:
         """Log-probabilities (N, V) fp32 of the token behind `written` (N, t) int64, constrained; -inf is forbidden.
 
         Where nothing would be left, the caption may end.
         """
-        out = log_probs.clone()
-        if self.repetition_penalty != 1.0:
-            out.scatter_(1, written, self.repetition_penalty * log_probs.gather(1, written))
-        out[:, self.sot_id] = -torch.inf
-        if written.shape[1] + 1 < self.min_length:
-            out[:, self.eot_id] = -torch.inf
+        never = (self.sot_id, self.eot_id) if written.shape[1] + 1 < self.min_length else (self.sot_id,)
+        out = log_probs.index_fill(1, _ids(never, log_probs.device), -torch.inf)
+        if self.penalises:
+            penalised = self.repetition_penalty * out.gather(1, written)
+            out.scatter_(1, written, penalised)
         if 0 < self.no_repeat_ngram <= written.shape[1]:
             self._forbid_repeated(out, written)
             stuck = out.amax(1).isneginf()
@@ -55,6 +60,11 @@ class Constraints:
         begun = (grams[:, :, :-1] == written[:, None, written.shape[1] - n + 1 :]).all(-1)
         bound = torch.where(begun, -torch.inf, torch.inf)
         out.scatter_reduce_(1, grams[:, :, -1], bound, "amin")
+
+
+@functools.cache
+def _ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(ids, device=device)
 
 
 def draw(log_probs: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:

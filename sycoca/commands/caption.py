@@ -2,12 +2,16 @@
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sycoca.commands import inputs
 from sycoca.commands.common import Stopwatch, add_model_options, finish, load, number, progress, say, whole
 from sycoca.commands.inputs import UserError
+from sycoca.decoding import WHOLE_OPTIONS, Decoding
 
 SUMMARY = "write captions of images"
 EXAMPLES = """examples:
@@ -15,7 +19,19 @@ EXAMPLES = """examples:
   python -m sycoca caption photos/ --model runs/tiny --num-beams 5 --length-penalty 0.8
   python -m sycoca caption 'photos/**/*.png' --temperature 0.9 --top-p 0.95 --num-return 3 --seed 1 --json"""
 
-_SAMPLING = ("top_k", "top_p", "seed")
+_HELP = {
+    "max_length": "most tokens, start and end included",
+    "min_length": "least tokens, start and end included",
+    "num_beams": "width of the beam search",
+    "num_return": "captions of each image",
+    "length_penalty": "above 1 favours long beams",
+    "temperature": "sample; below 1 is cautious",
+    "top_k": "sample among so many of the likeliest tokens",
+    "top_p": "... that hold this probability",
+    "seed": "of the samples",
+    "repetition_penalty": "above 1 avoids repeats",
+    "no_repeat_ngram": "no so many tokens in a row twice",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,57 +40,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="one JSON object a line: path, caption, score (log-probability)"
     )
     group = parser.add_argument_group("generation; greedy unless beams or a temperature are given")
-    group.add_argument("--max-length", type=whole(2), metavar="N", help="most tokens, start and end included")
-    group.add_argument("--min-length", type=whole(0), metavar="N", help="least tokens, start and end included")
     group.add_argument("--prompt", metavar="TEXT", help="beginning of every caption")
-    group.add_argument("--num-beams", type=whole(1), metavar="N", help="width of the beam search")
-    group.add_argument("--num-return", type=whole(1), metavar="N", help="captions of each image")
-    group.add_argument("--length-penalty", type=number(-10, 10), metavar="X", help="above 1 favours long beams")
-    group.add_argument("--temperature", type=number(0, above=True), metavar="X", help="sample; below 1 is cautious")
-    group.add_argument("--top-k", type=whole(1), metavar="N", help="sample among the N likeliest tokens")
-    group.add_argument("--top-p", type=number(0, 1, above=True), metavar="X", help="... that hold this probability")
-    group.add_argument("--seed", type=whole(0), metavar="N", help="of the samples")
-    group.add_argument("--repetition-penalty", type=number(0, above=True), metavar="X", help="above 1 avoids repeats")
-    group.add_argument("--no-repeat-ngram", type=whole(0), metavar="N", help="no N tokens in a row twice")
+    for name, meaning in _HELP.items():
+        reader, letter = (whole(), "N") if name in WHOLE_OPTIONS else (number, "X")
+        group.add_argument(_option(name), type=reader, metavar=letter, help=meaning)
     add_model_options(parser)
 
 
-def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `sycoca.generate.generate` that were given.
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
-    Raises:
-        UserError: two of them contradict each other.
-    """
-    names = ("max_length", "min_length", "prompt", "num_beams", "num_return", "length_penalty", "temperature")
-    names += ("top_k", "top_p", "seed", "repetition_penalty", "no_repeat_ngram")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    sampled = "temperature" in given
-    for name in _SAMPLING:
-        if name in given and not sampled:
-            raise UserError(f"--{name.replace('_', '-')}: only with --temperature")
-    if sampled and given.get("num_beams", 1) > 1:
-        raise UserError("--num-beams: not together with --temperature")
-    beams, wanted = given.get("num_beams", 1), given.get("num_return", 1)
-    if wanted > 1 and not sampled and beams < wanted:
-        raise UserError(f"--num-return {wanted}: needs --temperature, or --num-beams of at least as many")
-    if given.get("min_length", 0) > given.get("max_length", 1 << 30):
-        raise UserError(f"--min-length {args.min_length}: longer than --max-length {args.max_length}")
-    return given
+
+@contextmanager
+def _on_the_command_line() -> Iterator[None]:
+    """Refusals of an option, in the words of the command line."""
+    try:
+        yield
+    except ValueError as error:
+        told = str(error).removeprefix("generate: ")
+        raise UserError(re.sub(r"\b(?:" + "|".join(_HELP) + r")\b", lambda name: _option(name[0]), told)) from None
 
 
 def run(args: argparse.Namespace) -> int:
     paths = inputs.expand(args.images, "IMAGES")
-    options = generation_options(args)
+    options = {name: value for name in _HELP if (value := getattr(args, name)) is not None}
+    with _on_the_command_line():
+        decoding = Decoding.of(options)
+        if decoding.max_length is not None:
+            decoding.lengths(decoding.max_length)
     if inputs.are_texts(paths, "IMAGES"):
         raise UserError(f"IMAGES: {paths[0]} is a text file")
     loaded = load(args)
     model = loaded.model
     if model.caption_decoder is None:
         raise UserError("--model: it was built without captioning")
+    with _on_the_command_line():
+        decoding.lengths(loaded.config.text.context_length)
 
+    from sycoca.decode_step import lay_out
     from sycoca.generate import generate_scored
 
     device = next(model.parameters()).device
+    if device.type == "cpu":
+        lay_out(model)
     skipped, watch, used = inputs.Skipped(say), Stopwatch(), 0
     pictures = inputs.decoded(paths, inputs.square(loaded.config.vision.image_size), skipped)
     for batch in inputs.batches(progress(pictures, len(paths), "image"), args.batch_size):
@@ -82,10 +90,8 @@ def run(args: argparse.Namespace) -> int:
         if "seed" in options:
             # Every batch draws its own numbers, whatever came before it.
             options["seed"] = args.seed + used
-        try:
-            captions = generate_scored(model, loaded.tokenizer, _seen(model, images), **options)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        with _on_the_command_line():
+            captions = generate_scored(model, loaded.tokenizer, _seen(model, images), prompt=args.prompt, **options)
         for name, said in zip(names, captions):
             _write(name, said, args.json)
         used += len(batch)

@@ -1,7 +1,6 @@
 """What the commands share: the options for a model and a device, loading it, progress."""
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,45 +10,54 @@ from typing import Any
 from sycoca.commands.inputs import UserError
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Reads an integer that is at least `least`."""
+def whole(least: int | None = None) -> Callable[[str], int]:
+    """Reads an integer, one of at least `least` where that is given."""
 
     def read(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = None
-        if value is None or value < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text}")
+        if value is None or (least is not None and value < least):
+            bound = "" if least is None else f" of at least {least}"
+            raise argparse.ArgumentTypeError(f"must be an integer{bound}, got {text}")
         return value
 
     return read
 
 
-def number(least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
-    """Reads a number in least..most, `above` leaves the least out."""
+def number(text: str) -> float:
+    """Reads a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text}") from None
 
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        inside = (value > least if above else value >= least) and value <= most and math.isfinite(value)
-        if not inside:
-            bounds = f"{'above' if above else 'at least'} {least:g}" + (
-                f", at most {most:g}" if most < math.inf else ""
-            )
-            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
-        return value
 
-    return read
+# Options of the command line that `load_pretrained` takes by the same name.
+_LOADING = ("image_size", "revision", "config", "correct_cls_mask", "allow_pickle")
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, batch_size: int = 32) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", metavar="PATH_OR_NAME", help="folder of a model or of a run, or a name; without it the newest run's"
+        "--model",
+        metavar="PATH_OR_NAME",
+        help="folder of a model or of a run, weights of open_clip's CoCa, or a name; without it the newest run's",
     )
+    group.add_argument("--revision", help="branch, tag or commit of a name on the hub")
+    group.add_argument(
+        "--config",
+        metavar="NAME",
+        help="what a weight file alone is of: a CoCa of open_clip, or its JSON file",
+    )
+    group.add_argument(
+        "--correct-cls-mask", action="store_true", help="open_clip's weights were trained with its flag of this name"
+    )
+    group.add_argument(
+        "--allow-pickle", action="store_true", help="read weights that hold Python objects, which can run any code"
+    )
+    group.add_argument("--image-size", type=whole(1), metavar="PIXELS", help="another than the model was trained at")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ...; without it a GPU where there is one")
     group.add_argument(
         "--batch-size", type=whole(1), default=batch_size, metavar="N", help="inputs at a time (%(default)s)"
@@ -79,9 +87,9 @@ def load(args: argparse.Namespace) -> Any:
         print(f"model: {name}", file=sys.stderr, flush=True)
     from sycoca.hub import load_pretrained
 
-    device = pick_device(args.device)
+    options = {option: getattr(args, option) for option in _LOADING}
     try:
-        return load_pretrained(name, device=device)
+        return load_pretrained(name, device=pick_device(args.device), **options)
     except OSError as error:
         told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         raise UserError(f"--model: {told}") from None

@@ -7,6 +7,7 @@ import torch
 
 from sycoca.cache import Cached, Recomputed
 from sycoca.config import CaptionDecoderConfig, ImageDecoderConfig, MaskingConfig, ModelConfig, TextConfig, VisionConfig
+from sycoca.decode_step import lay_out
 from sycoca.generate import generate, generate_from, generate_scored, generate_tokens, greedy, write
 from sycoca.model import Batch, StepPlan, SyCoCa
 from sycoca.sampling import Constraints
@@ -183,6 +184,21 @@ def test_several_tokens_at_once_only_begin():
             session.advance(torch.tensor([[6, 7]]))
 
 
+def test_weights_laid_out_for_single_tokens_are_the_same_weights():
+    model = build(micro()).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        features = model.encode_image(uniform(4, 3, 16, 16, salt=2))
+    expected = generate_tokens(model, features, num_beams=2)
+    lay_out(model)
+    assert not model.caption_decoder.head.weight.is_contiguous()
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    found = generate_tokens(model, features, num_beams=2)
+    assert torch.equal(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-5)
+
+
 def test_memory_makes_64_tokens_several_times_faster():
     width = {"width": 256, "heads": 4}
     config = ModelConfig(
@@ -332,9 +348,10 @@ REFUSED = [
     ({"top_p": 0.0, "temperature": 1.0}, r"top_p must lie in \(0, 1\], got 0.0"),
     ({"top_p": 1.1, "temperature": 1.0}, r"top_p must lie in \(0, 1\], got 1.1"),
     ({"top_p": 0.9}, "top_p needs a temperature"),
+    ({"seed": 5}, "seed needs a temperature"),
     ({"top_k": 5}, "top_k needs a temperature"),
     ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, got 0.0"),
-    ({"length_penalty": float("inf")}, "length_penalty must be finite, got inf"),
+    ({"length_penalty": float("inf")}, "length_penalty must lie in -10..10, got inf"),
     ({"no_repeat_ngram": -1}, "no_repeat_ngram must be at least 0, got -1"),
     ({"prompt": "a small dog chases a ball and more and more"}, "a prompt of .* tokens, .*, leaves no room within 14"),
     ({"prompt": ["a"]}, "1 prompts for 4 images"),

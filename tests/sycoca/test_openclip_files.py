@@ -103,13 +103,14 @@ def test_what_cannot_be_read_is_one_line(folder):
     text = refused("another architecture", folder / SAFE, config="coca_ViT-L-14")
     assert "visual.transformer.resblocks.2.ln_1.weight" in text and text.count("resblocks") == 5
     refused("another architecture", folder / SAFE, config="coca_base")
-    refused("coca_roberta-ViT-B-32.json", folder / SAFE, config="coca_roberta-ViT-B-32")
+    refused("coca_roberta-ViT-B-32.json: .*roberta-base", folder / SAFE, config="coca_roberta-ViT-B-32")
     refused("says itself", folder, config="coca_base")
     data = json.loads((folder / CONFIG).read_text())
     for broken, match in (
         ({"model_cfg": data["model_cfg"], "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}, "normalises"),
         ({"model_cfg": {"embed_dim": 8}}, "no CoCa"),
         ({"model_cfg": data["model_cfg"] | {"embed_dim": "wide"}}, "embed_dim"),
+        ({"model_cfg": {**data["model_cfg"], "text_cfg": {"hf_tokenizer_name": "xlm"}}}, "hf_tokenizer_name 'xlm'"),
         ({"model_cfg": data["model_cfg"] | {"vision_cfg": 7}}, "no configuration"),
     ):
         (folder / CONFIG).write_text(json.dumps(broken))
