@@ -62,7 +62,7 @@ FUSED_FROM: dict[str, dict[str, Threshold]] = {
 }
 
 # Pairs of a contrastive batch, B^2, up to which its `cpu` form holds all logits at once; bench/results/cpu.jsonl.
-WHOLE_MATRIX_PAIRS = 1 << 19
+WHOLE_MATRIX_PAIRS = 1 << 20
 
 
 def preferred(operator: str, device: torch.device, runnable: tuple[str, ...], *, size: int = 0) -> str:
