@@ -14,22 +14,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import (
-    GatheredTexts,
-    PatchSelection,
-    fused_itc_loss,
-    gather_patches,
-    gather_texts,
-    masked_patch_loss,
-)
+from kernels import PatchSelection, gather_patches, masked_patch_loss
 from sycoca.config import ModelConfig
+from sycoca.contrast import Spread, Whole, contrastive_loss, send_captions
 from sycoca.decoders import CaptionDecoder, ImageDecoder, VocabularyHead
 from sycoca.hub_mixin import HubMixin
 from sycoca.layers import LayerNorm, LogitScale
 from sycoca.losses import global_counts, local_loss
 from sycoca.masking import StepPlan, overlap, select_at_random, select_by_score, step_plan
 from sycoca.poolers import build_pooler
-from sycoca.text import build_text_encoder
+from sycoca.text import build_text_encoder, valid_tokens
 from sycoca.vision import VisionTransformer
 
 __all__ = ["Batch", "ImageFeatures", "Losses", "StepPlan", "SyCoCa", "TextFeatures", "parameter_groups", "step_plan"]
@@ -149,6 +143,9 @@ class SyCoCa(nn.Module, HubMixin):
         plan: StepPlan,
         group: dist.ProcessGroup | None = None,
         shares: Sequence[int] | None = None,
+        *,
+        schedule: str = "gather",
+        whole: Whole | None = None,
     ) -> Losses:
         """Losses of this rank's share of a global batch.
 
@@ -157,28 +154,35 @@ class SyCoCa(nn.Module, HubMixin):
             plan: from `step_plan`, equal on all ranks.
             group: process group over which the batch is spread, or None for this process alone.
             shares: pairs of every rank of the group, where known; otherwise the host waits for the ranks to tell.
+            schedule: of `kernels.fused_itc_loss`.
+            whole: of the batch that this one is a part of; nothing is exchanged with other ranks then.
         """
-        config, weight = self.config, self.config.loss
-        masks_captioning = plan.mask_captioning and config.num_dropped > 0
+        config, weight, spread = self.config, self.config.loss, Spread(group, shares, schedule)
         text = self.encode_text(batch.tokens)
-        counts = torch.stack([text.valid[:, 1:].sum(), text.scored.any(1).sum()])
-        counts, world_size = global_counts(counts, group)
-        tokens, pairs = (counts.clamp(min=1) / world_size).unbind()
+        if whole is None:
+            counts, parts = global_counts(self.counts(batch.tokens), group)
+        else:
+            counts, parts = whole.counts, whole.parts
+        tokens, pairs = (counts.clamp(min=1) / parts).unbind()
         captions = text.features
-        if group is not None and config.learns("itc"):
+        if whole is None and config.learns("itc"):
             # The texts travel while the image tower runs.
-            captions = gather_texts(captions, batch.ids, group=group, counts=shares)
+            captions = send_captions(captions, batch.ids, spread)
         image = self.encode_image(batch.images)
 
         itc = caption = tgmim = local = total = torch.zeros((), device=batch.images.device)
         if config.learns("itc"):
-            itc = self._itc_loss(image.features, captions, batch.ids if group is None else None)
+            scale, eps = self.logit_scale(), weight.label_smoothing
+            if whole is None:
+                itc = contrastive_loss(image.features, captions, scale, batch.ids, spread, eps)
+            else:
+                itc = whole.contrast.attach(image.features, captions, scale)
             total = total + weight.itc_weight * itc
         operands = self.local(image.patches, text.words) if self.local is not None else None
         selection, mask_overlap = self._selection(batch.seeds, plan, image, text, operands)
         if self.caption_decoder is not None:
             memory = image.memory
-            if masks_captioning:
+            if plan.mask_captioning and config.num_dropped > 0:
                 memory = self.pooler(image.cls, gather_patches(image.patches, selection.kept)).memory
             caption = self._caption_loss(memory, text, batch.tokens) / tokens
             total = total + weight.caption_weight * caption
@@ -190,6 +194,13 @@ class SyCoCa(nn.Module, HubMixin):
             local = local_loss(*operands, text.scored, self.local.scale(), group_size) / pairs
             total = total + config.local_weight * local
         return Losses(total, itc, caption, tgmim, local, mask_overlap)
+
+    @torch.no_grad()
+    def counts(self, tokens: Tensor) -> Tensor:
+        """Target tokens and captioned pairs (2,) int64 of captions (B, T), what the losses are shares of."""
+        valid = valid_tokens(tokens, self.config.text)
+        scored = valid & (tokens != self.config.text.sot_id)
+        return torch.stack([valid[:, 1:].sum(), scored.any(1).sum()])
 
     def encode_image(self, images: Tensor) -> ImageFeatures:
         """Features of images (B, 3, H, W) fp32, normalised."""
@@ -235,10 +246,6 @@ class SyCoCa(nn.Module, HubMixin):
         if self.image_decoder is None:
             raise ValueError("reconstruct: the model was built without TG-MIM")
         return self._reconstruct(self.vision.embed(images), text, selection)
-
-    def _itc_loss(self, images: Tensor, captions: Tensor | GatheredTexts, ids: Tensor | None) -> Tensor:
-        eps = self.config.loss.label_smoothing
-        return fused_itc_loss(images, captions, self.logit_scale(), ids=ids, label_smoothing=eps)
 
     def _caption_loss(self, memory: Tensor, text: TextFeatures, tokens: Tensor) -> Tensor:
         labels = tokens[:, 1:].masked_fill(~text.valid[:, 1:], -1)

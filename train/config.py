@@ -99,7 +99,9 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """Exactly one of `steps` and `epochs` is set. `micro_batch` is the number of pairs a rank takes at once.
+    """Exactly one of `steps` and `epochs` is set. `micro_batch` is the number of pairs a rank takes at once,
+    `global_batch` that of a step of all ranks, of which `accumulation` follows; a step of several micro batches encodes
+    them twice, so that every pair is contrasted with all others.
 
     A checkpoint is written every `save_every` steps and every `save_minutes` minutes; the `keep_last` newest stay, and
     those whose step `keep_every` divides. A loss above `spike_factor` times the median of those before is told.
@@ -111,6 +113,7 @@ class TrainConfig(Section):
     epochs: float | None = None
     micro_batch: int = 256
     accumulation: int = 1
+    global_batch: int | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = 0
     log_every: int = 10
@@ -124,7 +127,8 @@ class TrainConfig(Section):
     wandb: str | None = None
 
     def __post_init__(self) -> None:
-        at_least(self, steps=1, micro_batch=1, accumulation=1, log_every=1, save_every=1, keep_last=1, keep_every=1)
+        at_least(self, steps=1, micro_batch=1, accumulation=1, global_batch=1)
+        at_least(self, log_every=1, save_every=1, keep_last=1, keep_every=1)
         _finite(self, "epochs", "timeout_s", "save_minutes", "spike_factor")
         # What torch seeds with is 64 bits wide.
         require(0 <= self.seed < 2**63, f"seed: {self.seed}, needs to be in 0..2**63, 2**63 excluded")
@@ -151,10 +155,11 @@ class RunConfig(Section):
 
 def require_batch(train: TrainConfig, source: str, samples: int, world: int) -> None:
     """Raises ConfigError where the training source does not fill a single batch."""
+    needed = train.micro_batch * train.accumulation * world
     require(
-        samples >= train.micro_batch * world,
-        f"data.train={source}: {samples} samples do not fill a batch of train.micro_batch {train.micro_batch} "
-        f"x {world} rank(s)",
+        samples >= needed,
+        f"data.train={source}: {samples} samples do not fill a batch of {needed}, train.micro_batch "
+        f"{train.micro_batch} x train.accumulation {train.accumulation} x {world} rank(s)",
     )
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -36,13 +35,14 @@ class Inputs(NamedTuple):
     world: int
     budget: Budget
 
-    def batches(self, first: int, device: torch.device) -> Iterator[tuple[Batch, Place]]:
-        """This rank's batches on the device and where they stand, from the global batch number `first` on.
+    def batches(self, first: int) -> Iterator[tuple[Batch, Place]]:
+        """This rank's micro batches on the host and where they stand, from the global batch number `first` on.
 
-        Samples that are left out are counted in `train.skipped`.
+        Samples that are left out are counted in `train.skipped`. Where a global batch comes in parts, its images are
+        pictures (B, H, W, 3) uint8: all of them are held until the step is taken.
         """
         config = self.launch.config
-        global_batch = config.train.micro_batch * self.world
+        global_batch, parts = config.train.global_batch, config.train.accumulation
         epoch, start = divmod(first, len(self.train) // global_batch)
         loader = batches(
             self.train,
@@ -55,6 +55,8 @@ class Inputs(NamedTuple):
             world=self.world,
             epoch=epoch,
             start=start,
+            parts=parts,
+            normalised=parts == 1,
             workers=config.data.workers,
             crop_scale=config.data.crop_scale,
             flip=config.data.flip,
@@ -62,8 +64,7 @@ class Inputs(NamedTuple):
         # Skips found while training belong beside those found while opening.
         loader.skipped = self.train.skipped
         for loaded in loader:
-            trimmed = loaded._replace(tokens=trim(loaded.tokens, config.model.text.pad_id))
-            batch = Batch(*(part.to(device, non_blocking=True) for part in trimmed[:4]))
+            batch = Batch(*loaded._replace(tokens=trim(loaded.tokens, config.model.text.pad_id))[:4])
             # Only a stand-in for an unreadable image can bring the same sample twice, and scenes have none.
             place = Place(loaded.epoch, loaded.index, loaded.keys)
             distinct = self.train.fresh and not self.train.repeats

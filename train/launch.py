@@ -7,9 +7,10 @@ that differs they are an error; "auto" leaves the preset's. Nothing here imports
 import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from train.command_line import Parser, apply_overrides, split_overrides
 from train.config import PRESETS, RunConfig, require_batch
 from train.data import DataError, Source, open_dataset
 from train.initial import check_text, started_from
-from train.precedence import deepspeed_dict, settle, taken_over
+from train.precedence import deepspeed_dict, settle, taken_over, with_batch
 from train.recipe import chosen, recipes
 from train.resuming import add_restart, check_end, check_restart, check_resumed, check_world, reshaped
 from train.run_folder import check_writable, checkpoint_steps, free_run_dir, read_run_config, resume_dir
 
 # With another value of these, or of the model's, what is continued would be another run.
 _FIXED = frozenset(
-    ["data.train", "data.val", "data.tokenizer", "train.seed", "train.micro_batch", "train.accumulation"]
+    ["data.train", "data.val", "data.tokenizer", "train.seed"]
+    + [f"train.{name}" for name in ("micro_batch", "accumulation", "global_batch")]
 )
 # The bytes and the special tokens.
 _LEAST_VOCABULARY = 256 + 3
@@ -116,7 +118,9 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     else:
         config, batch, stage = read_run_config(run_dir)
         if args.reshape:
-            config = reshaped(config, batch, world)
+            asked = split_overrides(args.overrides, config).get("train.micro_batch")
+            config = reshaped(config, batch, world, asked)
+        config = replace(config, train=replace(config.train, global_batch=batch))
         check_world(config, batch, world, "; add --reshape")
         if (asked := ds.zero_optimization.stage) != stage and not args.reshape:
             raise ConfigError(
@@ -138,13 +142,14 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     config = apply_overrides(config, overrides)
     if init is not None and not args.resume:
         check_text(config.model, init)
-    config = apply_overrides(config, taken_over(ds, config, overrides, ds_path.name, world))
-    config = settle(config, overrides, has_cuda)
+    taken = taken_over(ds, config, overrides, ds_path.name, world)
+    config = settle(apply_overrides(config, taken), overrides, has_cuda)
     if run_dir is None:
         run_dir, newest = free_run_dir(args.run_dir, config.preset, restart=args.restart), 0
     else:
         newest = checkpoint_steps(run_dir)[-1]
         check_resumed(before, config, lambda key: key.startswith("model.") or key in _FIXED)
+    config = replace(config, train=with_batch(config.train, {*overrides, *taken}, world))
     _check_groups(config, world)
     train, val = _open(config, world)
     check_end(config, config.train.total_steps(len(train), world), newest)
@@ -172,10 +177,11 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
 
 
 def _notes(config: RunConfig) -> tuple[str, ...]:
-    k = config.train.accumulation
-    if k == 1:
+    train = config.train
+    if train.accumulation == 1:
         return ()
-    return (f"gradient_accumulation_steps {k}: {k} separate contrastive batches, their losses averaged",)
+    what = "contrasted as one batch: encoders run twice" if config.model.learns("itc") else "one gradient step"
+    return (f"{train.global_batch} pairs in {train.accumulation} micro batches a rank, {what}",)
 
 
 def effective(launch: Launch) -> dict[str, Any]:
@@ -184,11 +190,12 @@ def effective(launch: Launch) -> dict[str, Any]:
 
 
 def _check_groups(config: RunConfig, world: int) -> None:
-    size, micro_batch = config.model.masking.local_group, config.train.micro_batch
-    if world > 1 and config.model.local_weight > 0 and micro_batch % size:
+    size, train = config.model.masking.local_group, config.train
+    if config.model.local_weight > 0 and world * train.accumulation > 1 and train.micro_batch % size:
         raise ConfigError(
-            f"model.masking.local_group {size} does not divide train.micro_batch {micro_batch}: {world} ranks "
-            "would contrast other groups than one process does"
+            f"model.masking.local_group {size} does not divide train.micro_batch {train.micro_batch}: {world} rank(s) "
+            f"and {train.accumulation} part(s) would contrast other groups than one process does at once; "
+            f"local_group={math.gcd(size, train.micro_batch)} fits"
         )
 
 

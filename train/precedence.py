@@ -1,11 +1,15 @@
-"""What a DeepSpeed JSON says of batch, precision, optimizer and schedule, against preset and command line."""
+"""What a DeepSpeed JSON says of batch, precision, optimizer and schedule, against preset and command line.
+
+global batch = micro batch x accumulation x ranks
+"""
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sycoca.config import ConfigError
-from train.config import RunConfig
+from train.config import RunConfig, TrainConfig
 from train.deepspeed_json import OWNED_BY_PRESET, DeepSpeedJson
 
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
@@ -53,6 +57,41 @@ def taken_over(
     return {key: value for key, (value, _) in said.items()}
 
 
+def with_batch(train: TrainConfig, said: Collection[str], world: int) -> TrainConfig:
+    """The same with global batch, micro batch and accumulation that agree.
+
+    Args:
+        train: whose global batch, where given, is solved for the accumulation, or for the micro batch where only the
+            accumulation was said.
+        said: full dotted keys that command line or JSON name.
+        world: number of ranks.
+
+    Raises:
+        ConfigError: they cannot agree; the line names the nearest global batches that could.
+    """
+    micro_batch, accumulation, total = train.micro_batch, train.accumulation, train.global_batch
+    if total is None:
+        return replace(train, global_batch=micro_batch * accumulation * world)
+    given = [key for key in ("train.micro_batch", "train.accumulation") if key in said]
+    if len(given) == 2:
+        known, unit = f"{micro_batch} x train.accumulation {accumulation}", micro_batch * accumulation * world
+        rest = total != unit
+    elif given == ["train.accumulation"]:
+        known, unit = f"train.accumulation {accumulation}", accumulation * world
+        micro_batch, rest = divmod(total, unit)
+    else:
+        known, unit = f"train.micro_batch {micro_batch}", micro_batch * world
+        accumulation, rest = divmod(total, unit)
+    if rest or min(micro_batch, accumulation) < 1:
+        if len(given) == 2:
+            raise ConfigError(f"train.global_batch {total} is not train.micro_batch {known} x {world} rank(s), {unit}")
+        near = sorted({max(1, total // unit) * unit, -(-total // unit) * unit})
+        raise ConfigError(
+            f"train.global_batch {total} is no multiple of {known} x {world} rank(s); near: {', '.join(map(str, near))}"
+        )
+    return replace(train, micro_batch=micro_batch, accumulation=accumulation)
+
+
 def _is_given(value: Any) -> bool:
     return value not in (None, "auto")
 
@@ -96,6 +135,7 @@ def _batch(ds: DeepSpeedJson, config: RunConfig, overrides: dict[str, Any], name
             f"{', '.join(known[key] for key in factors)} and {world} rank(s)"
         )
     words = _words("train_batch_size", total)
+    said["train.global_batch"] = _Said(total, words)
     return said | {key: _Said(total // product, words) for key in unknown}
 
 

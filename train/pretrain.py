@@ -33,6 +33,7 @@ def pretrain(launch: Launch) -> None:
     import torch
     import torch.distributed as dist
 
+    from sycoca.contrast import Spread
     from sycoca.masking import step_plan
     from sycoca.model import SyCoCa, parameter_groups
     from train.checkpoints import Saver, choose, prepare, resume, tokenizer_digest
@@ -45,6 +46,7 @@ def pretrain(launch: Launch) -> None:
     from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
     from train.signals import StopRequest
     from train.together import together
+    from train.two_pass import take_step
 
     config, train, run_dir = launch.config, launch.config.train, launch.run_dir
     request = StopRequest()
@@ -57,11 +59,10 @@ def pretrain(launch: Launch) -> None:
     chosen = choose(run_dir) if launch.resume else None
     first_step = chosen.step if chosen else 0
     inputs = open_inputs(launch, rank=rank, world=world)
-    stage = launch.deepspeed.get("zero_optimization", {}).get("stage", 0)
 
     torch.manual_seed(train.seed)
-    with deepspeed.zero.Init(config_dict_or_path=launch.deepspeed, enabled=stage == 3):
-        model = SyCoCa(config.model)
+    # Whole, whatever is partitioned later: what `deepspeed.zero.Init` has partitioned, a parent no longer initialises.
+    model = SyCoCa(config.model)
     anew = load_initial(model, config) if config.init and not chosen else []
     if train.compile:
         compile_blocks(model)
@@ -84,29 +85,23 @@ def pretrain(launch: Launch) -> None:
         wandb=train.wandb,
     )
     log.say(start_line(launch, model, inputs, world, chosen, anew))
-    batches = inputs.batches(first_step * train.accumulation, device)
-    shares = [train.micro_batch] * world
+    batches = inputs.batches(first_step)
+    spread = Spread(group, [train.micro_batch * train.accumulation] * world)
     with heartbeat.guard():
         for step in range(first_step, inputs.total_steps):
-            started, waited = time.perf_counter(), 0.0
+            started = time.perf_counter()
             plan = step_plan(config.model, step, inputs.total_steps, train.seed)
             lr = config.optimizer.lr * learning_rate_factor(config.schedule, step, inputs.total_steps)
             set_learning_rate(optimizer, lr)
-            taken, places = [], []
-            for _ in range(train.accumulation):
-                asked = time.perf_counter()
-                with heartbeat.alone("no data has come"):
-                    batch, place = next(batches)
-                waited += time.perf_counter() - asked
-                losses = engine(batch, plan, group, shares)
-                engine.backward(losses.total)
-                engine.step()
-                taken.append(torch.stack(losses).detach())
-                places.append(place)
-            timing = Timing(waited, time.perf_counter() - started, sum(shares) * train.accumulation)
-            line = skips.after(step + 1, places, taken)
+            asked = time.perf_counter()
+            with heartbeat.alone("no data has come"):
+                parts, places = zip(*itertools.islice(batches, train.accumulation), strict=True)
+            waited = time.perf_counter() - asked
+            taken = take_step(engine, parts, plan, spread, device)
+            timing = Timing(waited, time.perf_counter() - started, train.global_batch)
+            line = skips.after(step + 1, places, taken.own)
             scalars = {"lr": lr, "grad_norm": engine.get_global_grad_norm(), "skipped": skips.total}
-            log.step(step, torch.stack(taken).mean(0), scalars, timing, places)
+            log.step(step, taken.losses, scalars, timing, places)
             if line:
                 log.say(line)
             found_bad, late = inputs.budget.found_bad(), rank == 0 and saver.is_late()

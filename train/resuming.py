@@ -20,13 +20,21 @@ def check_world(config: Any, batch: int, world: int, hint: str = "") -> None:
         )
 
 
-def reshaped(config: Any, batch: int, world: int) -> Any:
-    """The configuration of the same run, its global batch shared by another number of ranks."""
-    parts = config.train.accumulation
-    micro_batch, rest = divmod(batch, parts * world)
-    if rest or not micro_batch:
-        raise ConfigError(f"--reshape: {world} rank(s) cannot share a train_batch_size of {batch} in {parts} part(s)")
-    return replace(config, train=replace(config.train, micro_batch=micro_batch))
+def reshaped(config: Any, batch: int, world: int, asked: int | None) -> Any:
+    """The configuration of the same run, its global batch shared by another number of ranks.
+
+    The micro batch, which memory limits, stays where it can; one that is asked for is taken.
+    """
+    train = config.train
+    micro_batch = train.micro_batch if asked is None else asked
+    parts, rest = divmod(batch, micro_batch * world) if micro_batch > 0 else (0, 0)
+    if asked is None and (rest or not parts):
+        parts = train.accumulation
+        micro_batch, rest = divmod(batch, parts * world)
+    if rest or not micro_batch or not parts:
+        pieces = f"{parts} part(s)" if asked is None else f"micro batches of {asked}"
+        raise ConfigError(f"--reshape: {world} rank(s) cannot share a train_batch_size of {batch} in {pieces}")
+    return replace(config, train=replace(train, micro_batch=micro_batch, accumulation=parts))
 
 
 def check_resumed(before: Any, after: Any, fixed: Callable[[str], bool]) -> None:

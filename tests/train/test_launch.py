@@ -63,7 +63,8 @@ def test_json_wins_over_the_preset(launch):
     assert result.config.train.steps == 70
     assert result.deepspeed["train_batch_size"] == 48
     assert "optimizer" not in result.deepspeed and "scheduler" not in result.deepspeed
-    assert any("2 separate contrastive batches" in note for note in result.notes)
+    assert result.config.train.global_batch == 48
+    assert any("48 pairs in 2 micro batches a rank, contrasted as one batch" in note for note in result.notes)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,23 @@ def test_json_wins_over_the_preset(launch):
 def test_the_batch_of_the_json_is_solved_for_what_is_left_open(launch, argv, batch):
     train = launch("local_group=1", *argv, config={"train_batch_size": 64}, world=2).config.train
     assert (train.micro_batch, train.accumulation) == batch
+
+
+@pytest.mark.parametrize(
+    ("argv", "world", "batch"),
+    [
+        (["global_batch=256"], 2, (32, 4)),
+        (["global_batch=256", "micro_batch=64"], 1, (64, 4)),
+        (["global_batch=256", "accumulation=2"], 1, (128, 2)),
+        (["accumulation=2"], 2, (32, 2)),
+    ],
+)
+def test_micro_batch_and_global_batch_are_all_that_is_set(launch, argv, world, batch):
+    result = launch(*argv, world=world)
+    train = result.config.train
+    assert (train.micro_batch, train.accumulation) == batch
+    assert train.global_batch == batch[0] * batch[1] * world == result.deepspeed["train_batch_size"]
+    assert result.deepspeed["gradient_accumulation_steps"] == batch[1]
 
 
 def test_auto_means_from_the_preset_for_the_keys_the_preset_owns(launch):
@@ -170,6 +188,24 @@ BAD = {
         {"train_batch_size": 64, "gradient_accumulation_steps": 2},
         "train.micro_batch=8, gradient_accumulation_steps: 2",
     ),
+    "global batch that does not divide": (
+        ["global_batch=100"],
+        None,
+        "train.micro_batch 32 x 1 rank(s); near: 96, 128",
+    ),
+    "global batch below the micro batch": (["global_batch=16"], None, "near: 32"),
+    "global batch and both parts": (
+        ["global_batch=64", "micro_batch=8", "accumulation=2"],
+        None,
+        "train.global_batch 64 is not train.micro_batch 8 x train.accumulation 2 x 1 rank(s), 16",
+    ),
+    "global batch in JSON and override": (
+        ["global_batch=128"],
+        {"train_batch_size": 64},
+        "train_batch_size: 64, but the command line says train.global_batch=128",
+    ),
+    "no global batch": (["global_batch=0"], None, "train.global_batch"),
+    "groups that parts would cut": (["accumulation=2", "local_group=3"], None, "local_group 3 does not divide"),
     "override twice": (["lr=1", "optimizer.lr=2"], None, "optimizer.lr is given twice"),
     "steps in JSON and epochs": (
         ["epochs=2"],
@@ -257,7 +293,9 @@ def test_samples_are_counted_over_all_ranks(launch):
 
 def test_groups_of_the_local_term_are_those_of_one_process(launch):
     assert launch("micro_batch=16").config.model.masking.local_group == 32
-    with pytest.raises(ConfigError, match=r"local_group 32 does not divide train\.micro_batch 16: 2 ranks"):
+    with pytest.raises(
+        ConfigError, match=r"local_group 32 does not divide train\.micro_batch 16: 2 rank\(s\).*local_group=16"
+    ):
         launch("micro_batch=16", world=2)
     assert launch("micro_batch=16", "objectives=itc", world=2).config.model.local_weight == 0
 

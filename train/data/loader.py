@@ -1,7 +1,8 @@
 """Batches in an order that depends on integers alone.
 
     samples of epoch e        permutation of range(n) keyed by (seed, e)
-    global batch k            positions k G ... (k + 1) G - 1 of it; rank r of W takes the r-th of W equal slices
+    global batch k            positions k G ... (k + 1) G - 1 of it; rank r of W takes the r-th of W equal slices,
+                              part by part where it is to come in parts
     caption, crop, mask seed  functions of (seed, e, sample)
     stand-in for a bad one    mix(seed, e, position, attempt) mod n
 
@@ -25,7 +26,7 @@ _ATTEMPTS = 100
 
 
 class LoadedBatch(NamedTuple):
-    """A rank's share of a global batch; the first four fields are those of `sycoca.model.Batch`.
+    """A rank's share of a global batch, or a part of it; the first four fields are those of `sycoca.model.Batch`.
 
     `images` (b, 3, S, S) fp32 normalised, or (b, S, S, 3) uint8; `tokens` (b, T), `seeds` (b,), `ids` (b,) int64;
     equal ids are the same sample. `epoch` and `index` place the global batch: `index + 1` is where to resume.
@@ -47,16 +48,18 @@ class _Pairs(Maker):
         super().__init__(source, order["seed"])
         self.tokenizer = tokenizer
         self.global_batch = order["global_batch"]
-        self.local = order["global_batch"] // order["world"]
-        self.first = order["rank"] * self.local
+        self.parts = order["parts"]
+        self.local = order["global_batch"] // order["world"] // order["parts"]
+        self.first = order["rank"] * order["parts"] * self.local
         self.image_size = form["image_size"]
         self.context_length = form["context_length"]
         self.crop_scale = form["crop_scale"]
         self.flip = form["flip"]
         self.normalised = form["normalised"]
 
-    def make(self, epoch: int, index: int, faults: list[Fault]) -> LoadedBatch:
-        positions = index * self.global_batch + self.first + np.arange(self.local)
+    def make(self, epoch: int, number: int, faults: list[Fault]) -> LoadedBatch:
+        index, part = divmod(number, self.parts)
+        positions = index * self.global_batch + self.first + part * self.local + np.arange(self.local)
         chosen = self.source.order(epoch, positions, self.seed)
         self.look_ahead(epoch, positions, self.global_batch)
         pictures = np.empty((self.local, self.image_size, self.image_size, 3), dtype=np.uint8)
@@ -116,6 +119,7 @@ def batches(
     epoch: int = 0,
     start: int = 0,
     epochs: int | None = None,
+    parts: int = 1,
     workers: int = 0,
     crop_scale: tuple[float, float] | None = (0.9, 1.0),
     flip: float = 0.0,
@@ -127,7 +131,7 @@ def batches(
     Args:
         dataset: the source.
         tokenizer: whose `encode(texts, context_length)` gives (b, T) int64.
-        global_batch: samples in a step of all ranks together, a multiple of `world`.
+        global_batch: samples in a step of all ranks together, a multiple of `world` times `parts`.
         image_size: side of the pictures in pixels.
         context_length: T.
         seed: of order, captions, crops and mask seeds.
@@ -136,6 +140,7 @@ def batches(
         epoch: where to begin.
         start: global batches of that epoch already seen.
         epochs: the epoch to end before; None goes on for ever.
+        parts: equal pieces, one after the other, in which this rank's share of each global batch comes.
         workers: processes that make batches ahead; 0 makes each when it is asked for.
         crop_scale: range of a random crop's share of the area; None crops the centre.
         flip: share of pictures that are mirrored.
@@ -147,16 +152,18 @@ def batches(
 
     Raises:
         DataError: the source has fewer samples than a global batch.
-        ValueError: `world` does not divide `global_batch`, or a place that is not in the epoch.
+        ValueError: `world` and `parts` do not divide `global_batch`, or a place that is not in the epoch.
     """
-    if global_batch < 1 or global_batch % world or not 0 <= rank < world:
-        raise ValueError(f"batches: global_batch {global_batch}, rank {rank} and world {world} do not agree")
+    if global_batch < 1 or parts < 1 or global_batch % (world * parts) or not 0 <= rank < world:
+        raise ValueError(
+            f"batches: global_batch {global_batch}, rank {rank}, world {world} and parts {parts} do not agree"
+        )
     per_epoch = len(dataset) // global_batch
     if not per_epoch:
         raise DataError(f"data source '{dataset.name}': {len(dataset)} samples do not fill a batch of {global_batch}")
     if epoch < 0 or not 0 <= start <= per_epoch:
         raise ValueError(f"batches: no batch {start} in epoch {epoch}; an epoch has {per_epoch}")
-    order = {"seed": seed, "global_batch": global_batch, "rank": rank, "world": world}
+    order = {"seed": seed, "global_batch": global_batch, "rank": rank, "world": world, "parts": parts}
     form = {
         "image_size": image_size,
         "context_length": context_length,
@@ -165,4 +172,4 @@ def batches(
         "normalised": normalised,
     }
     maker = _Pairs(dataset, tokenizer, order, form)
-    return Loader(maker, Tickets(epoch, start, per_epoch, epochs), workers, pin_memory)
+    return Loader(maker, Tickets(epoch, start * parts, per_epoch * parts, epochs), workers, pin_memory)

@@ -16,7 +16,7 @@ from train import deepspeed_json
 from train.command_line import Parser, apply_overrides, split_overrides
 from train.config import OptimizerConfig, ScheduleConfig, Section, TrainConfig, at_least, require_batch, shares
 from train.data import Source
-from train.precedence import deepspeed_dict, settle, taken_over
+from train.precedence import deepspeed_dict, settle, taken_over, with_batch
 from train.resuming import add_restart, check_end, check_restart, check_resumed, check_world
 from train.run_folder import check_writable, checkpoint_steps, free_run_dir, read_run_config, resume_dir
 from train.tasks.class_names import class_names, templates
@@ -162,6 +162,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Tuning:
         run_dir = resume_dir(args.run_dir)
         config, batch, stage = read_run_config(run_dir, FinetuneConfig)
         check_world(config, batch, world)
+        config = replace(config, train=replace(config.train, global_batch=batch))
         if stage != ds.zero_optimization.stage:
             raise ConfigError(f"--resume: the run has ZeRO stage {stage}, {ds_path.name} asks for another")
         if config.task != args.task:
@@ -180,8 +181,8 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Tuning:
     if config.options.scst and not args.resume and "optimizer.lr" not in overrides:
         gentler = replace(config.optimizer, lr=config.optimizer.lr * _SCST_SHARE)
         config = replace(config, optimizer=gentler)
-    config = apply_overrides(config, taken_over(ds, config, overrides, ds_path.name, world))
-    config = settle(config, overrides, has_cuda)
+    taken = taken_over(ds, config, overrides, ds_path.name, world)
+    config = settle(apply_overrides(config, taken), overrides, has_cuda)
     if args.task == "vqa" and config.options.vqa in ("auto", "rank"):
         if config.options.vqa == "rank":
             raise ConfigError("vqa=rank needs no fine-tuning; give classify or generate")
@@ -197,6 +198,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Tuning:
     else:
         name = f"{args.task}{'-scst' if config.options.scst else ''}"
         run_dir = free_run_dir(args.run_dir, name, restart=args.restart)
+    config = replace(config, train=with_batch(config.train, {*overrides, *taken}, world))
     train, val = _open(config, world)
     check_end(config, config.train.total_steps(len(train), world), newest)
     check_writable(run_dir)
