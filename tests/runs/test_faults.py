@@ -3,14 +3,18 @@
 import json
 import os
 import random
+import re
 import shutil
 
 import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from tests.runs.faults import SMALL, Run, finished, rows
+from tests.runs.faults import SMALL, Run, finished, rows, sized
+from tests.train.data.folders import sample_members, write_tar
 from train.checkpoints import newest_sound
+from train.data import open_dataset, readable
+from train.data.prepare import main as prepare
 from train.durable import faults
 from train.run_folder import checkpoint_steps
 
@@ -218,6 +222,27 @@ def test_a_source_that_loses_too_much_ends_the_run(tmp_path):
     run = Run(tmp_path / "run", "steps=40", *SMALL, prepare=unreadable)
     assert run.wait() == [3]
     assert "training samples cannot be used, data.max_left_out is 0.1" in run.text and "planted fault" in run.text
+
+
+@pytest.mark.run
+def test_ranks_share_shards_of_unequal_size_and_damage(tmp_path):
+    first, sizes = 0, (30, 3, 15)
+    for number, size in enumerate(sizes):
+        members = [m for n in range(first, first + size) for m in sample_members(n)]
+        write_tar(tmp_path / "shards" / f"{number:03d}.tar", members)
+        first += size
+    shards = f"{tmp_path / 'shards'}/{{000..002}}.tar"
+    assert prepare(["--index", shards, str(tmp_path / "shards" / "index.json"), "--workers", "1"]) == 0
+    last = tmp_path / "shards" / "002.tar"
+    os.truncate(last, last.stat().st_size // 2)
+    write_tar(tmp_path / "val.tar", [m for n in range(100, 104) for m in sample_members(n)])
+    options = ("steps=12", "max_left_out=0.5", f"data.val={tmp_path / 'val.tar'}", *sized(f"--data={shards}"))
+    run = finished(Run(tmp_path / "run", *options, world=2))
+    assert len(rows(tmp_path / "run")) == 12
+    # Two epochs of six steps of two ranks show every sample.
+    good = len(list(readable(open_dataset(shards, whole=True))))
+    (line,) = (line for line in run.text.splitlines() if line.startswith("left out: "))
+    assert good < sum(sizes) and good + sum(map(int, re.findall(r"(\d+) x ", line))) == sum(sizes), line
 
 
 @pytest.fixture

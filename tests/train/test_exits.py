@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from sycoca.config import ConfigError
 from tests.ranks import run_ranks
+from train import exits
 from train.data import DataError
 from train.exits import EXIT_LOST_RANK, LostRank, StopRun, guarded
 from train.heartbeat import Heartbeat
@@ -141,3 +143,13 @@ def test_a_guard_without_other_ranks_changes_nothing():
 
     assert run_ranks(inside, 1) == ["a bug"]
     assert LostRank("x").code == EXIT_LOST_RANK and not dist.is_initialized()
+
+
+def test_the_page_names_the_codes_and_only_tests_that_exist():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    codes = {value for name, value in vars(exits).items() if name.startswith("EXIT_")}
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)} == codes | {0}
+    rows = [line for line in page.split("## The faults, and")[1].splitlines() if line.startswith("| ") and "`" in line]
+    known = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    named = {name for row in rows for name in re.findall(r"`(test_\w+)`", row)}
+    assert len(named) > 40 and all(f"def {name}(" in known for name in named)
