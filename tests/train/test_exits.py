@@ -1,5 +1,6 @@
 """How processes of a run end: their codes, their one line, and what they do when told to."""
 
+import contextlib
 import errno
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -70,6 +72,49 @@ libc.pthread_mutex_lock(lock)
 """
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=30)
     assert done.returncode == code, done.stderr
+
+
+@pytest.mark.parametrize("killed", ["runner", "launcher"])
+def test_the_death_of_a_launcher_is_a_request_to_stop(tmp_path, killed):
+    (tmp_path / "deepspeed" / "launcher").mkdir(parents=True)
+    (tmp_path / "deepspeed" / "launcher" / "launch.py").write_text(
+        "import subprocess, sys\nsubprocess.run([sys.executable, 'rank.py'])\n"
+    )
+    (tmp_path / "rank.py").write_text(
+        f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from train.signals import StopRequest
+request, deadline = StopRequest(), time.monotonic() + 20
+time.sleep(1.5)
+Path("asked" if request.asked else "ready").touch()
+while not request.asked and time.monotonic() < deadline:
+    time.sleep(0.05)
+Path("asked" if request.asked else "forgotten").touch()
+"""
+    )
+    start = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'deepspeed.launcher.launch'])"
+    runner = psutil.Popen([sys.executable, "-c", start], cwd=tmp_path)
+    wait_for(tmp_path / "ready")
+    (launcher,) = runner.children()
+    (rank,) = launcher.children()
+    (runner if killed == "runner" else launcher).kill()
+    try:
+        wait_for(tmp_path / "asked")
+    finally:
+        for process in (launcher, runner):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        runner.wait()
+        psutil.wait_procs([rank], 5)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
