@@ -77,7 +77,8 @@ def guarded(run: Callable[..., None], *args: Any) -> int:
     except KeyboardInterrupt:
         if _rank() == "0":
             print("interrupted", file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
+        # As do the collectives that were under way.
+        end_at_once(EXIT_INTERRUPTED)
     except OSError as error:
         if error.errno not in _REFUSED_BY_SYSTEM:
             raise
