@@ -77,7 +77,7 @@ def guarded(run: Callable[..., None], *args: Any) -> int:
     except KeyboardInterrupt:
         if _rank() == "0":
             print("interrupted", file=sys.stderr, flush=True)
-        # As do the collectives that were under way.
+        # Destructors would wait for the collectives under way.
         end_at_once(EXIT_INTERRUPTED)
     except OSError as error:
         if error.errno not in _REFUSED_BY_SYSTEM:

@@ -168,8 +168,7 @@ def test_a_long_run_keeps_its_memory_and_its_files(tmp_path):
     run.wait_for(lambda: run.steps() >= 1900, timeout_s=600)
     late = held()
     finished(run, timeout_s=300)
-    print(
-        f"memory at step 600 {early[0] / 2**20:.1f} MiB, at 1900 {late[0] / 2**20:.1f} MiB; files {early[1]}, {late[1]}"
-    )
+    mib = [round(rss / 2**20, 1) for rss, _ in (early, late)]
+    print(f"MiB at steps 600 and 1900: {mib}, open files {early[1]} and {late[1]}")
     assert late[0] < 1.02 * early[0] and late[1] == early[1], (early, late)
     assert checkpoint_steps(run_dir) == [1750, 2000]
