@@ -133,6 +133,11 @@ def exchange_layout(
     return Layout(tuple(_gather(mine, world_size, group).tolist()), rank)
 
 
+def equal_counts(b: int, group: object) -> tuple[int, ...] | None:
+    """The batch sizes of a group whose ranks all hold b, so that they need not be exchanged; None without a group."""
+    return None if group is None else (b,) * dist.get_world_size(group)
+
+
 def default_group(world_size: int) -> object:
     """The default process group where there is more than one rank."""
     return dist.group.WORLD if world_size > 1 else None

@@ -16,6 +16,8 @@ class FusedClipLoss(nn.Module):
         rank: accepted and not used, the group knows.
         world_size: where it is above 1, the default process group is used.
         group: process group to use in place of the default one.
+        uneven: whether ranks may hold different numbers of pairs, which then are exchanged at every call; on a GPU the
+            host waits for that.
         impl, schedule, label_smoothing: as in `fused_itc_loss`.
     """
 
@@ -28,12 +30,14 @@ class FusedClipLoss(nn.Module):
         world_size: int = 1,
         *,
         group: object = None,
+        uneven: bool = False,
         impl: str = "auto",
         schedule: str = "gather",
         label_smoothing: float = 0.0,
     ):
         super().__init__()
         self.group = group if group is not None else groups.default_group(world_size)
+        self.uneven = uneven
         self.options = {"impl": impl, "schedule": schedule, "label_smoothing": label_smoothing}
 
     def forward(
@@ -45,5 +49,7 @@ class FusedClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         # A bias common to all logits leaves the softmax as it is.
-        loss = fused_itc_loss(image_features, text_features, logit_scale, group=self.group, **self.options)
+        counts = None if self.uneven else groups.equal_counts(image_features.shape[0], self.group)
+        options = {"group": self.group, "counts": counts, **self.options}
+        loss = fused_itc_loss(image_features, text_features, logit_scale, **options)
         return {"contrastive_loss": loss} if output_dict else loss

@@ -9,6 +9,7 @@ quadratic is stored.
 
 import math
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,7 @@ def fused_siglip_loss(
     *,
     group: object = None,
     impl: str = "auto",
+    counts: Sequence[int] | None = None,
 ) -> Tensor:
     """Sigmoid contrastive loss (SigLIP; Zhai et al. 2023, algorithm 1) without the matrix of logits.
 
@@ -110,6 +112,8 @@ def fused_siglip_loss(
         logit_bias: a tensor of one element, or a float.
         group: process group whose ranks hold shares of the batch; None for this process alone.
         impl: "auto", or one of `implementations("fused_siglip_loss")`.
+        counts: b of every rank of the group where the caller knows them; otherwise they are exchanged, which on a GPU
+            makes the host wait.
 
     Returns:
         () fp32: W / B times the sum over this rank's images and all texts. The mean over the ranks is the loss of the
@@ -120,7 +124,9 @@ def fused_siglip_loss(
         TypeError: a dtype or the type of a scalar does not fit.
     """
     logit_scale, logit_bias = _check(image, text, logit_scale, logit_bias)
-    layout = groups.exchange_layout(_NAME, image.shape[0], image.device, group)
+    alone = group is None
+    dispatch.require(not (alone and counts is not None), _NAME, "counts belong to a group", counts)
+    layout = groups.exchange_layout(_NAME, image.shape[0], image.device, group, counts)
     dispatch.require(layout.total >= 1, _NAME, "the batch must hold at least one pair", layout.total)
     # The plain form rounds 16-bit logits.
     size = layout.pairs if groups.product_dtype(image) == torch.float32 else sys.maxsize
@@ -160,6 +166,8 @@ class FusedSigLipLoss(nn.Module):
         world_size: where it is above 1, the default process group is used.
         dist_impl: accepted and not used, the texts are gathered.
         group: process group to use in place of the default one.
+        uneven: whether ranks may hold different numbers of pairs, which then are exchanged at every call; on a GPU the
+            host waits for that.
         impl: as in `fused_siglip_loss`.
     """
 
@@ -171,10 +179,12 @@ class FusedSigLipLoss(nn.Module):
         dist_impl: str | None = None,
         *,
         group: object = None,
+        uneven: bool = False,
         impl: str = "auto",
     ):
         super().__init__()
         self.group = group if group is not None else groups.default_group(world_size)
+        self.uneven = uneven
         self.impl = impl
 
     def forward(
@@ -186,7 +196,9 @@ class FusedSigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         bias = 0.0 if logit_bias is None else logit_bias
-        loss = fused_siglip_loss(image_features, text_features, logit_scale, bias, group=self.group, impl=self.impl)
+        counts = None if self.uneven else groups.equal_counts(image_features.shape[0], self.group)
+        options = {"group": self.group, "counts": counts, "impl": self.impl}
+        loss = fused_siglip_loss(image_features, text_features, logit_scale, bias, **options)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

@@ -4,6 +4,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import kernels
+from kernels import groups
 from tests.kernels.contrastive import correlated, error
 from tests.ranks import run_ranks
 
@@ -19,6 +20,24 @@ def test_takes_open_clips_arguments():
     assert torch.equal(module(**arguments), value["contrastive_loss"])
 
 
+def on_uneven_rank(rank, world_size, image, text):
+    module = kernels.FusedClipLoss(rank=rank, world_size=world_size, uneven=True)
+    mine = slice(0, 3) if rank == 0 else slice(3, None)
+    return module(image[mine], text[mine], torch.tensor(10.0))
+
+
+def exchanges(rank, world_size, image, text):
+    """Sizes that were asked for; modules of equal ranks ask for none."""
+    asked, gather = [], groups._gather
+    groups._gather = lambda x, *rest: (asked.append(x.dtype), gather(x, *rest))[1]
+    mine = image[rank::2], text[rank::2], torch.tensor(10.0)
+    kernels.FusedClipLoss(world_size=world_size)(*mine)
+    kernels.FusedSigLipLoss(world_size=world_size)(*mine)
+    assert not asked
+    kernels.FusedClipLoss(world_size=world_size, uneven=True)(*mine)
+    return len(asked)
+
+
 def on_rank(rank, world_size, image, text):
     module = kernels.FusedClipLoss(rank=rank, world_size=world_size)
     assert module.group is dist.group.WORLD
@@ -30,3 +49,15 @@ def test_world_size_takes_the_default_group():
     image, text = correlated(20, 8, 0.4, 0.1)
     losses = run_ranks(on_rank, 2, image, text)
     assert error(sum(losses) / 2, kernels.fused_itc_loss(image, text, 10.0)) <= 1e-6
+
+
+@pytest.mark.usefixtures("warm_operators")
+def test_uneven_ranks():
+    image, text = correlated(20, 8, 0.4, 0.1)
+    losses = run_ranks(on_uneven_rank, 2, image, text)
+    assert error(sum(losses) / 2, kernels.fused_itc_loss(image, text, 10.0)) <= 1e-6
+
+
+@pytest.mark.usefixtures("warm_operators")
+def test_equal_ranks_exchange_no_sizes():
+    assert run_ranks(exchanges, 2, *correlated(20, 8, 0.4, 0.1)) == [1, 1]
