@@ -243,7 +243,7 @@ def test_ranks_share_shards_of_unequal_size_and_damage(tmp_path):
     good = len(list(readable(open_dataset(shards, whole=True))))
     # The first such line tells what was seen when the shards were opened.
     line = [line for line in run.text.splitlines() if line.startswith("left out: ")][-1]
-    assert good < sum(sizes) and good + sum(map(int, re.findall(r"(\d+) x ", line))) == sum(sizes), line
+    assert good < sum(sizes) and good + sum(map(int, re.findall(r"(\d+) x lost", line))) == sum(sizes), line
 
 
 @pytest.fixture
