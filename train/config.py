@@ -141,6 +141,28 @@ class TrainConfig(Section):
 
 
 @dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """What pre-training adds.
+
+    `itc_schedule` is that of `kernels.fused_itc_loss`: `gather` holds all captions' features, `ring` those of one rank
+    at a time. `freeze` names encoders that stay as they are (LiT, arXiv 2111.07991, freezes `vision`). `layer_decay` is
+    the factor on the learning rate from each layer of an encoder to the one below. `ema` keeps an average of the
+    weights, exported as `model_ema`; the value is its decay.
+    """
+
+    itc_schedule: Literal["gather", "ring"] = "gather"
+    freeze: tuple[Literal["vision", "text"], ...] = ()
+    layer_decay: float = 1.0
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.layer_decay <= 1, f"layer_decay: {self.layer_decay}, needs to be above 0, at most 1")
+        require(self.ema is None or 0 < self.ema < 1, f"ema: {self.ema}, needs to be in 0..1, both excluded")
+        require(len(set(self.freeze)) == len(self.freeze), "freeze: each may be named once")
+
+
+@dataclass(frozen=True)
 class RunConfig(Section):
     """A run; `init` names the model that it starts from."""
 
@@ -149,7 +171,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
-    train: TrainConfig = TrainConfig()
+    train: PretrainConfig = PretrainConfig()
     init: str | None = None
 
 
@@ -170,7 +192,7 @@ PRESETS: dict[str, RunConfig] = {
         optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.05),
         schedule=ScheduleConfig(name="wsd", warmup_steps=40, decay_share=0.3),
         data=DataConfig(workers=1, tokenizer="bpe", crop_scale=None),
-        train=TrainConfig(steps=720, micro_batch=32, log_every=20, save_every=360, keep_last=2, precision="fp32"),
+        train=PretrainConfig(steps=720, micro_batch=32, log_every=20, save_every=360, keep_last=2, precision="fp32"),
     ),
     "small": RunConfig(
         preset="small",
@@ -178,19 +200,19 @@ PRESETS: dict[str, RunConfig] = {
         optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1),
         schedule=ScheduleConfig(warmup_steps=200),
         data=DataConfig(workers=2, tokenizer="bpe", val_pairs=1000),
-        train=TrainConfig(epochs=30, micro_batch=128),
+        train=PretrainConfig(epochs=30, micro_batch=128),
     ),
     "base_16": RunConfig(
-        preset="base_16", model=MODEL_PRESETS["base_16"], train=TrainConfig(epochs=20, micro_batch=512)
+        preset="base_16", model=MODEL_PRESETS["base_16"], train=PretrainConfig(epochs=20, micro_batch=512)
     ),
     "coca_base": RunConfig(
         preset="coca_base",
         model=MODEL_PRESETS["coca_base"],
         optimizer=OptimizerConfig(betas=(0.9, 0.999), eps=1e-8),
-        train=TrainConfig(epochs=20, micro_batch=256),
+        train=PretrainConfig(epochs=20, micro_batch=256),
     ),
     "large_14": RunConfig(
-        preset="large_14", model=MODEL_PRESETS["large_14"], train=TrainConfig(epochs=20, micro_batch=128)
+        preset="large_14", model=MODEL_PRESETS["large_14"], train=PretrainConfig(epochs=20, micro_batch=128)
     ),
 }
 

@@ -168,6 +168,12 @@ class DeepSpeedJson(Section):
     memory_breakdown: bool = False
     dump_state: bool = False
 
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's state lies on the host or beyond."""
+        offload = self.zero_optimization.offload_optimizer
+        return offload is not None and offload.device != "none"
+
     def __post_init__(self) -> None:
         clipping = self.gradient_clipping
         require(0 <= clipping < math.inf, f"gradient_clipping: {clipping}, needs to be at least 0 and finite")

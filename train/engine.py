@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import re
 import warnings
 
 from sycoca.config import ConfigError
@@ -80,7 +81,7 @@ def start_process_group(deepspeed, has_cuda: bool, timeout_s: float) -> None:
     """Joins the launcher's process group, or makes one of this process alone when nothing launched it.
 
     Raises:
-        ConfigError: the launcher's port is taken.
+        ConfigError: the launcher's port is taken, or not all ranks have come together within the timeout.
     """
     from datetime import timedelta
 
@@ -104,13 +105,24 @@ def start_process_group(deepspeed, has_cuda: bool, timeout_s: float) -> None:
     torch.distributed.distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout_s)
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
-    except torch.distributed.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        port = os.environ["MASTER_PORT"]
-        raise ConfigError(
-            f"port {port} is taken, by another run perhaps; name one: deepspeed --master_port N"
-        ) from None
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+        raise ConfigError(_not_met(str(error), world, timeout_s)) from None
+
+
+def _not_met(error: str, world: int, timeout_s: float) -> str:
+    """Why the ranks did not come together, of what torch says."""
+    port = os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in error:
+        return f"port {port} is taken, by another run perhaps; name one: deepspeed --master_port N"
+    place, waited = f"{os.environ['MASTER_ADDR']}:{port}", f"within {timeout_s:g} s"
+    if came := re.search(r"(\d+)/\d+ clients joined", error):
+        return (
+            f"{came[1]} of {world} ranks came to {place} {waited}; the same command has to run on every machine, "
+            "each with a rank of its own"
+        )
+    if "timed out" in error or "Failed to connect" in error:
+        return f"rank 0 did not answer at {place} {waited}: does it run, and is the port open?"
+    return f"the ranks did not come together at {place}: {error.splitlines()[0]}"
 
 
 def _cores() -> int:

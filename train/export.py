@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import io
 import sys
+import tempfile
 from pathlib import Path
 
 from sycoca.config import ConfigError
@@ -14,7 +15,7 @@ from train.durable import faults
 from train.run_folder import checkpoint_steps, read_run_config
 
 
-def export(run_dir: Path, out: Path, *, step: int | None = None, allow_pickle: bool = False) -> int:
+def export(run_dir: Path, out: Path, *, step: int | None = None, allow_pickle: bool = False, ema: bool = False) -> int:
     """Writes the folder that `sycoca.load_pretrained` reads.
 
     Args:
@@ -22,12 +23,13 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, allow_pickle: b
         out: folder, made where missing.
         step: of the checkpoint; the newest sound one where None.
         allow_pickle: read checkpoints that hold other Python objects than DeepSpeed's own; these can run any code.
+        ema: the average of the weights over the steps, which a run with `train.ema` keeps.
 
     Returns:
         The step of the checkpoint.
 
     Raises:
-        ConfigError: no run, or no such checkpoint, or a damaged one.
+        ConfigError: no run, no such checkpoint, a damaged one, or none with an average.
         WeightsError: a checkpoint that cannot be read, or is of another architecture.
     """
     config = read_run_config(run_dir).config.model
@@ -46,9 +48,28 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, allow_pickle: b
     from sycoca.hub import build, read_tokenizer
 
     tokenizer = read_tokenizer(run_dir, config)
-    state = consolidated(folder, allow_pickle=allow_pickle)
+    state = averaged(folder) if ema else consolidated(folder, allow_pickle=allow_pickle)
     build(state, config, tokenizer, source=str(folder)).save_pretrained(out)
     return step
+
+
+def averaged(folder: Path) -> dict:
+    """The averages of the parameters by name, put together from the shares of all ranks.
+
+    Raises:
+        ConfigError: the run kept none.
+        WeightsError: as `consolidated`.
+    """
+    from train.ema import average_in_place_of_weights
+
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".average-") as scratch:
+        try:
+            average_in_place_of_weights(folder, Path(scratch) / folder.name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        # The file is mapped into memory, and about to go.
+        found = consolidated(Path(scratch) / folder.name)
+        return {name: tensor.clone() for name, tensor in found.items()}
 
 
 def _folder(run_dir: Path, step: int) -> Path:
@@ -111,9 +132,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--allow-pickle", action="store_true", help="read pickled Python objects from a checkpoint you trust"
     )
+    parser.add_argument("--ema", action="store_true", help="the average of the weights that train.ema keeps")
     asked = parser.parse_args(arguments)
     try:
-        step = export(asked.run, asked.out, step=asked.step, allow_pickle=asked.allow_pickle)
+        step = export(asked.run, asked.out, step=asked.step, allow_pickle=asked.allow_pickle, ema=asked.ema)
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,6 +19,7 @@ from train import deepspeed_json
 from train.command_line import Parser, apply_overrides, split_overrides
 from train.config import PRESETS, RunConfig, require_batch
 from train.data import DataError, Source, open_dataset
+from train.deepspeed_json import ZeroOptimization
 from train.initial import check_text, started_from
 from train.precedence import deepspeed_dict, settle, taken_over, with_batch
 from train.recipe import chosen, recipes
@@ -151,6 +152,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
         check_resumed(before, config, lambda key: key.startswith("model.") or key in _FIXED)
     config = replace(config, train=with_batch(config.train, {*overrides, *taken}, world))
     _check_groups(config, world)
+    _check_options(config, ds.zero_optimization, args.reshape)
     train, val = _open(config, world)
     check_end(config, config.train.total_steps(len(train), world), newest)
     _check_tokenizer(config)
@@ -177,11 +179,13 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
 
 
 def _notes(config: RunConfig) -> tuple[str, ...]:
-    train = config.train
-    if train.accumulation == 1:
-        return ()
-    what = "contrasted as one batch: encoders run twice" if config.model.learns("itc") else "one gradient step"
-    return (f"{train.global_batch} pairs in {train.accumulation} micro batches a rank, {what}",)
+    train, notes = config.train, []
+    if train.accumulation > 1:
+        what = "contrasted as one batch: encoders run twice" if config.model.learns("itc") else "one gradient step"
+        notes.append(f"{train.global_batch} pairs in {train.accumulation} micro batches a rank, {what}")
+    if train.freeze:
+        notes.append(f"frozen: {', '.join(train.freeze)}")
+    return tuple(notes)
 
 
 def effective(launch: Launch) -> dict[str, Any]:
@@ -197,6 +201,22 @@ def _check_groups(config: RunConfig, world: int) -> None:
             f"and {train.accumulation} part(s) would contrast other groups than one process does at once; "
             f"local_group={math.gcd(size, train.micro_batch)} fits"
         )
+
+
+def _check_options(config: RunConfig, zero: ZeroOptimization, reshape: bool) -> None:
+    train = config.train
+    if train.freeze and config.init is None:
+        raise ConfigError(f"train.freeze={','.join(train.freeze)}: without --init that encoder would stay random")
+    if train.freeze and reshape:
+        raise ConfigError("--reshape: DeepSpeed's universal form leaves out what train.freeze has frozen")
+    if train.ema is None:
+        return
+    if zero.stage == 0:
+        raise ConfigError(f"train.ema={train.ema}: needs ZeRO stage 1, 2 or 3, whose states hold the average")
+    if zero.offload_optimizer is not None and zero.offload_optimizer.device == "nvme":
+        raise ConfigError(f"train.ema={train.ema}: DeepSpeed would not move the average to the nvme device")
+    if reshape:
+        raise ConfigError(f"--reshape: DeepSpeed's universal form leaves out the average of train.ema={train.ema}")
 
 
 def _open(config: RunConfig, world: int) -> tuple[Source, Source]:

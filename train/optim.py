@@ -13,19 +13,20 @@ import torch
 from train.config import OptimizerConfig, ScheduleConfig
 
 
-def build_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict], config: OptimizerConfig, *, offloaded: bool = False) -> torch.optim.Optimizer:
     """AdamW over parameter groups; a group's `max_value` bounds its parameters from above after every step.
 
     Args:
         groups: parameter groups as `torch.optim` takes them, with the optional key `max_value`.
         config: learning rate, betas, epsilon and the weight decay of groups that set none.
+        offloaded: whether what it updates will lie on the host, wherever the parameters are.
 
     Returns:
         The optimizer: on CUDA NVIDIA apex's or DeepSpeed's where importable, else torch's, fused.
     """
     for group in groups:
         group.setdefault("max_value", None)
-    on_cuda = any(p.is_cuda for group in groups for p in group["params"])
+    on_cuda = not offloaded and any(p.is_cuda for group in groups for p in group["params"])
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     optimizer = adamw_class(on_cuda)(groups, **options)
     optimizer.register_step_post_hook(_clamp)
@@ -60,6 +61,27 @@ def _deepspeed_adam() -> type[torch.optim.Optimizer] | None:
     from deepspeed.ops.adam import FusedAdam
 
     return FusedAdam
+
+
+def by_layer(groups: list[dict], layers: dict[int, int], depth: int, decay: float) -> list[dict]:
+    """Parameter groups, slower layer by layer towards the input.
+
+    Args:
+        groups: as `torch.optim` takes them, with the key `name`.
+        layers: id of a parameter -> its layer, 0 to `depth` + 1.
+        depth: of the encoder; the layer `depth` + 1 has the full rate.
+        decay: factor on the learning rate from each layer to the one below.
+
+    Returns:
+        Groups of one layer each, with the key `lr_scale`; parameters that `layers` does not hold are left out.
+    """
+    split = []
+    for group in groups:
+        for place in sorted({layers[id(p)] for p in group["params"] if id(p) in layers}):
+            params = [p for p in group["params"] if layers.get(id(p)) == place]
+            scale = decay ** (depth + 1 - place)
+            split.append({**group, "name": f"{group['name']}_{place}", "params": params, "lr_scale": scale})
+    return split
 
 
 @torch.no_grad()

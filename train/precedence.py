@@ -205,6 +205,9 @@ def deepspeed_dict(raw: dict, ds: DeepSpeedJson, config: Any, world: int) -> dic
     result["gradient_accumulation_steps"] = train.accumulation
     result["train_batch_size"] = train.micro_batch * train.accumulation * world
     result.setdefault("gradient_clipping", ds.gradient_clipping)
+    if ds.offloads:
+        # The optimizer is ours, torch's on the host: DeepSpeed's own would be compiled at the first start.
+        result["zero_force_ds_cpu_optimizer"] = False
     section = next(
         (name for name in ("fp16", "bf16") if (s := getattr(ds, name)) is not None and s.enabled is True), None
     )

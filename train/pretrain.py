@@ -35,8 +35,10 @@ def pretrain(launch: Launch) -> None:
 
     from sycoca.contrast import Spread
     from sycoca.masking import step_plan
-    from sycoca.model import SyCoCa, parameter_groups
+    from sycoca.model import SyCoCa
+    from train.alike import require_alike
     from train.checkpoints import Saver, choose, prepare, resume, tokenizer_digest
+    from train.ema import keep_average
     from train.export import export
     from train.health import Control, Skips, Spikes
     from train.heartbeat import Heartbeat
@@ -44,6 +46,7 @@ def pretrain(launch: Launch) -> None:
     from train.inputs import hold_run_dir, open_inputs
     from train.metrics import RunLog, Timing, trained_losses
     from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
+    from train.param_groups import pretraining_groups
     from train.signals import StopRequest
     from train.together import together
     from train.two_pass import take_step
@@ -51,6 +54,7 @@ def pretrain(launch: Launch) -> None:
     config, train, run_dir = launch.config, launch.config.train, launch.run_dir
     request = StopRequest()
     start_process_group(deepspeed, has_cuda(), train.timeout_s)
+    require_alike(launch)
     rank, world = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD if world > 1 else None
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
@@ -66,7 +70,10 @@ def pretrain(launch: Launch) -> None:
     anew = load_initial(model, config) if config.init and not chosen else []
     if train.compile:
         compile_blocks(model)
-    optimizer = build_optimizer(parameter_groups(model, config.optimizer.weight_decay), config.optimizer)
+    offloaded = "zero_force_ds_cpu_optimizer" in launch.deepspeed
+    optimizer = build_optimizer(pretraining_groups(model, config), config.optimizer, offloaded=offloaded)
+    if train.ema is not None:
+        keep_average(optimizer, train.ema)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=launch.deepspeed)
     prepare(engine, trusted=launch.trusted)
     if chosen:
@@ -86,7 +93,7 @@ def pretrain(launch: Launch) -> None:
     )
     log.say(start_line(launch, model, inputs, world, chosen, anew))
     batches = inputs.batches(first_step)
-    spread = Spread(group, [train.micro_batch * train.accumulation] * world)
+    spread = Spread(group, [train.micro_batch * train.accumulation] * world, train.itc_schedule)
     with heartbeat.guard():
         for step in range(first_step, inputs.total_steps):
             started = time.perf_counter()
@@ -123,6 +130,8 @@ def pretrain(launch: Launch) -> None:
         with together():
             if rank == 0:
                 export(run_dir, run_dir / "model")
+                if train.ema is not None:
+                    export(run_dir, run_dir / "model_ema", ema=True)
         if line := inputs.budget.left_out():
             log.say(line)
         evaluate_at_end(engine, launch, inputs, device, group)

@@ -12,6 +12,7 @@ from sycoca.config import ConfigError, to_dict
 from sycoca.model import parameter_groups
 from train.data import DataError, batches
 from train.health import Place
+from train.optim import by_layer
 from train.tasks.class_names import templates
 from train.tasks.classification import name_features
 from train.tasks.facts import task_facts
@@ -115,13 +116,9 @@ def training_groups(objective: Objective, config: FinetuneConfig) -> list[dict]:
     if config.task != "classification":
         return [group for group in grouped if group["params"]]
     depth = len(objective.model.vision.blocks)
-    layer = {id(p): _layer(name, depth) for name, p in objective.named_parameters()}
-    split = []
-    for group in grouped:
-        for place in sorted({layer[id(p)] for p in group["params"]} - {None}):
-            params = [p for p in group["params"] if layer[id(p)] == place]
-            scale = config.options.layer_decay ** (depth + 1 - place)
-            split.append({**group, "name": f"{group['name']}_{place}", "params": params, "lr_scale": scale})
+    layers = {id(p): _layer(name, depth) for name, p in objective.named_parameters()}
+    layers = {key: place for key, place in layers.items() if place is not None}
+    split = by_layer(grouped, layers, depth, config.options.layer_decay)
     trained = {id(p) for group in split for p in group["params"]}
     for parameter in objective.parameters():
         parameter.requires_grad_(id(parameter) in trained)
