@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from bench import contrastive, masking, rows, step
+from bench import contrastive, masking, rows, step, two_pass
 
 FILE = "gpu"
 STAGE_SECONDS = 530
@@ -65,6 +65,7 @@ STAGES: dict[str, Callable[[], object]] = {
         f"step base_16 {B} recomputed, memory": partial(_step, "base_16", B, recompute=True, names=("sycoca",))
         for B in (4096, 8192)
     },
+    "step base_16 16384 in two passes": lambda: two_pass.largest("base_16", 16384, 3, FILE),
     "itc fp32 16384": partial(_itc, 16384, 512, dtype=torch.float32, rounds=5),
 }
 

@@ -30,6 +30,14 @@ ELSEWHERE: dict[str, str | None] = {
     # likewise
     "torchrun --nnodes 2 --node_rank 0 --nproc_per_node 8 --master_addr node1 --master_port 29500 train/pretrain.py"
     " --config ds_zero2.json --preset base_16 --data /shared/captions.tsv --run-dir /shared/runs/base": None,
+    # the next two: the script under a stand-in for SLURM, and one host of two, in tests/runs/test_two_hosts.py
+    "sbatch --export=ALL,RUN=/shared/runs/base train/slurm.sh --config ds_zero2.json --preset base_16"
+    " --data /shared/captions.tsv": None,
+    "deepspeed --num_gpus 8 train/pretrain.py --config ds_zero2.json --resume --reshape"
+    " --run-dir /shared/runs/base": None,
+    # tests/runs/test_two_pass.py, at a size of seconds
+    "deepspeed --num_gpus 2 train/pretrain.py --config ds_zero1.json micro_batch=32 global_batch=256"
+    " train.steps=20": None,
 }
 # What the page of fine-tuning makes is not there when the pages are run.
 LATER = "python -m sycoca caption photos/ --model runs/captioning"

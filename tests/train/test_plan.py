@@ -40,7 +40,8 @@ def full_batch(config):
 @pytest.mark.parametrize("masked_input", ["drop", "token"])
 def test_multiplications_are_those_that_torch_counts(masked_input):
     config = config_of(masked_input=masked_input)
-    model, batch = SyCoCa(config), full_batch(config)
+    # The captioning loss forms the gradients of what asks for them in its forward pass.
+    model, batch = SyCoCa(config).requires_grad_(False), full_batch(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(patch.object(Packing, "of", lambda keep: None))
@@ -54,7 +55,7 @@ def test_multiplications_are_those_that_torch_counts(masked_input):
             model.encode_image(batch.images)
     cost = work(config, 4)
     assert encoders.get_total_flops() == pytest.approx(B * cost.encoder_flops, rel=0.01)
-    assert forward == pytest.approx(B * cost.forward_flops, rel=0.03)
+    assert forward == pytest.approx(B * cost.forward_flops, rel=0.02)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small"])
