@@ -85,6 +85,9 @@ def guarded(run: Callable[..., None], *args: Any) -> int:
         _tell(f"rank {_rank()}: {of_the_system(error)}")
         return EXIT_STOPPED
     except RuntimeError as error:
+        if _has_lost_another(error):
+            _tell(f"rank {_rank()}: another rank is gone: {str(error).splitlines()[0]}")
+            end_at_once(EXIT_LOST_RANK)
         if not _is_out_of_memory(error):
             raise
         _tell(
@@ -106,6 +109,12 @@ def end_at_once(code: int) -> NoReturn:
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(code)
+
+
+def _has_lost_another(error: RuntimeError) -> bool:
+    """Whether gloo or its store says that a peer has closed its connection, as before there is a heartbeat."""
+    text = str(error)
+    return any(said in text for said in ("Connection closed by peer", "Connection reset by peer", "recvValue failed"))
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

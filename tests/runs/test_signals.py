@@ -1,5 +1,6 @@
 """Runs that are told to end, whose ranks die or fall silent, and what they leave behind."""
 
+import json
 import os
 import signal
 import time
@@ -26,6 +27,59 @@ def test_a_killed_rank_is_named_and_ends_the_others(tmp_path):
     assert taken_s < 5
     # The loader's workers of the killed rank look for it every few seconds.
     assert run.left_behind() == []
+
+
+def dead_at_the_start():
+    import train.checkpoints
+
+    original = train.checkpoints.prepare
+
+    def prepare(engine, **trusted):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(engine, **trusted)
+
+    train.checkpoints.prepare = prepare
+
+
+@pytest.mark.run
+def test_a_rank_that_dies_before_the_first_step_ends_the_others(tmp_path):
+    started = time.monotonic()
+    run = Run(tmp_path / "run", *ENDLESS, *sized(), world=2, prepare=dead_at_the_start)
+    assert run.wait(30) == [4, -signal.SIGKILL], run.text
+    assert "error: rank 0: another rank is gone: " in run.text and "Traceback" not in run.text
+    assert time.monotonic() - started < 30 and run.left_behind() == []
+
+
+class Timeouts:
+    """Writes down how long each process group waits."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __call__(self) -> None:
+        import torch
+        from torch.distributed import distributed_c10d
+
+        import train.health
+
+        original = train.health.Skips.after
+
+        def after(skips, *rest):
+            groups = distributed_c10d._world.pg_map
+            waits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+            self.path.write_text(json.dumps([wait.total_seconds() for wait in waits]))
+            return original(skips, *rest)
+
+        train.health.Skips.after = after
+
+
+@pytest.mark.run
+def test_every_group_of_ranks_has_the_timeout_of_the_run(tmp_path):
+    finished(Run(tmp_path / "run", "steps=1", *sized("timeout_s=77"), world=2, prepare=Timeouts(tmp_path / "waits")))
+    waits = json.loads((tmp_path / "waits").read_text())
+    # The default group, the host's for the verdicts, DeepSpeed's own.
+    assert len(waits) >= 3 and set(waits) == {77.0}
 
 
 @pytest.mark.run

@@ -125,6 +125,7 @@ def wait_for(path: Path) -> None:
         (StopRun("too much"), 3, "error: too much"),
         (StopRun("saved", 75), 75, "error: saved"),
         (LostRank("rank 1 does not answer"), 4, "error: rank 0: rank 1 does not answer"),
+        (RuntimeError("Connection closed by peer [127.0.0.1]:1"), 4, "error: rank 0: another rank is gone"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (torch.OutOfMemoryError("CUDA out of memory."), 3, "A smaller train.micro_batch needs less"),
         (OSError(errno.ENOSPC, "No space left on device", "eval.json"), 3, "eval.json: No space left on device"),
