@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from bench import contrastive, masking, rows, step, two_pass
+from bench import contrastive, masking, rows, step, two_pass, xvlm
 
 FILE = "gpu"
 STAGE_SECONDS = 530
@@ -54,6 +54,7 @@ STAGES: dict[str, Callable[[], object]] = {
     "itc accuracy 100": lambda: contrastive.measure_accuracy(100.0, _device(), file=FILE),
     "itc repeats": _repeats,
     "masking": lambda: masking.measure(_device(), file=FILE),
+    "xvlm": lambda: xvlm.measure(_device(), file=FILE),
     "itc graph 4096": lambda: contrastive.measure_graph(4096, 768, _device(), rounds=50, file=FILE),
     "siglip 65536": lambda: contrastive.measure_siglip(65536, 768, torch.bfloat16, _device(), rounds=10, file=FILE),
     **{f"itc sweep {B}": partial(_itc, B, 768, rounds=20 if B <= 32768 else 5) for B in SWEEP},

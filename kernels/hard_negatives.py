@@ -100,9 +100,9 @@ def _check(image, text, logit_scale, ids, floor, seed) -> Tensor:
     if ids is not None:
         require(tuple(ids.shape) == (B,), _NAME, f"ids must be ({B},)", tuple(ids.shape))
         require(ids.dtype == torch.int64, _NAME, "ids must be torch.int64", ids.dtype, TypeError)
-    require(_is_number(floor), _NAME, "floor must be a float", repr(floor), TypeError)
+    require(_is_number(floor), _NAME, "floor must be a float", type(floor).__name__, TypeError)
     require(math.isfinite(floor) and floor >= 0, _NAME, "floor must be finite and at least 0", floor)
-    require(isinstance(seed, Tensor), _NAME, "seed must be a tensor", repr(seed), TypeError)
+    require(isinstance(seed, Tensor), _NAME, "seed must be a tensor", type(seed).__name__, TypeError)
     require(seed.dtype == torch.int64, _NAME, "seed must be torch.int64", seed.dtype, TypeError)
     require(tuple(seed.shape) == (1,), _NAME, "seed must be (1,)", tuple(seed.shape))
     if not isinstance(logit_scale, Tensor):

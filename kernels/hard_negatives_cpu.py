@@ -1,6 +1,6 @@
 """Hard negatives with torch operators.
 
-One product, a block of rows at a time, of which the sums of square tiles are kept in both directions. Every row and
+One product, a block of rows at a time, of which the sums over square tiles are kept in both directions. Every row and
 every column draws a tile by them; then the logits of the tiles drawn are formed again.
 """
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 # side of a tile of a batch of up to SIDE * SIDE
 SIDE = 64
+# logits of a block of rows, at least one tile high: few operators, and scratch that stays in the cache
+BLOCK_VALUES = 256 * 1024
 # logits this far apart have weights of one scale in fp32
 ONE_SCALE = 80.0
 
@@ -49,32 +51,44 @@ def _sums(image: Tensor, text: Tensor, ids: Tensor | None, floor: float, side: i
     count = torch.full((B, tiles), float(side), dtype=torch.float64)
     count[:, -1] -= tiles * side - B
     rows = _Sums(image.new_empty(B, 1), image.new_empty(B, tiles), image.new_empty(B, 1), count)
-    columns = _Sums(*image.new_empty(3, tiles, B), count)
+    columns = _Sums(*image.new_zeros(3, tiles, B), count)
     # whole tiles: what lies past the batch weighs nothing
-    scratch = image.new_zeros(min(side, B), tiles * side)
-    for tile in range(tiles):
-        here = slice(tile * side, min((tile + 1) * side, B))
-        padded = scratch[: here.stop - here.start]
-        logits = torch.mm(image[here], text.T, out=padded[:, :B])
+    high = min(tiles, max(1, BLOCK_VALUES // (side * B)))
+    scratch = image.new_zeros(high * side, tiles * side)
+    for first in range(0, tiles, high):
+        here = slice(first * side, min((first + high) * side, B))
+        height = here.stop - here.start
+        of_tiles = slice(first, -(-here.stop // side))
+        block = scratch[: (of_tiles.stop - first) * side]
+        logits = block[:, :B]
+        torch.mm(image[here], text.T, out=logits[:height])
+        logits[height:] = -torch.inf
         row, column = positives = _positives(ids, here, B)
         if floor == 0:
             # only negatives weigh, so that none is too small beside a positive
             logits[positives] = -torch.inf
-        least, most = torch.aminmax(logits)
+        least, most = torch.aminmax(logits[:height])
         one_scale = bool(most - least < ONE_SCALE)
-        peak, weights = (most, logits) if one_scale else (logits.amax(0), logits.clone())
-        taken = _weigh(weights, peak, positives)
-        columns.peak[tile] = peak
-        torch.sum(weights, 0, out=columns.negative[tile])
-        columns.positive[tile] = weights.new_zeros(B).index_add_(0, column, taken)
+        peak, weights = (most, logits) if one_scale else (_tiled(logits, side).amax(1), logits.clone())
+        taken = _weigh(weights, peak if one_scale else peak.repeat_interleave(side, 0), positives)
+        columns.peak[of_tiles] = peak
+        torch.sum(_tiled(weights, side), 1, out=columns.negative[of_tiles])
+        place = (first + row // side) * B + column
+        columns.positive.view(-1).index_add_(0, place, taken)
         if not one_scale:
             peak = logits.amax(1, keepdim=True)
             taken = _weigh(logits, peak, positives)
+            peak = peak[:height]
         rows.peak[here] = peak
-        torch.sum(padded.view(-1, tiles, side), 2, out=rows.negative[here])
-        rows.positive[here, 0] = weights.new_zeros(len(logits)).index_add_(0, row, taken)
-        count[here] -= torch.bincount(row * tiles + column // side, minlength=len(logits) * tiles).view(-1, tiles)
+        torch.sum(block[:height].unflatten(1, (tiles, side)), 2, out=rows.negative[here])
+        rows.positive[here, 0] = weights.new_zeros(height).index_add_(0, row, taken)
+        count[here] -= torch.bincount(row * tiles + column // side, minlength=height * tiles).view(-1, tiles)
     return rows, _Sums(*(part.T for part in columns[:3]), count)
+
+
+def _tiled(x: Tensor, side: int) -> Tensor:
+    """Rows of a block as (tiles, side, B)."""
+    return x.unflatten(0, (-1, side))
 
 
 def _weigh(logits: Tensor, peak: Tensor, positives: tuple[Tensor, Tensor]) -> Tensor:

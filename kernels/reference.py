@@ -190,7 +190,7 @@ def _draw(logits: Tensor, negative: Tensor, floor: float, u: Tensor) -> Tensor:
     threshold = torch.minimum(u[:, None] * total, total * (1 - 2**-52))
     drawn = (cdf <= threshold).sum(1)
     exists = (total > 0) & total.isfinite()
-    return torch.where(exists[:, 0], drawn, -1)
+    return torch.where(exists.any(1), drawn, -1)
 
 
 def _uniform(seed: Tensor, counter: Tensor) -> Tensor:

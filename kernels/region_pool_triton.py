@@ -123,7 +123,7 @@ def pool_backward(dy: Tensor, rects: Tensor, order: Tensor, starts: Tensor, rows
     dx = dy.new_empty(N, rows, columns, D)
     if dx.numel() == 0:
         return dx
-    tile = tuning.region_tile(D, dy.element_size())
+    tile = tuning.region_tile(D, dy.element_size(), backward=True)
     with torch.cuda.device_of(dy):
         _pool_backward_kernel[(N * triton.cdiv(rows * columns, tile.block_rows), triton.cdiv(D, tile.block_d))](
             dy, rects, order, starts, dx, rows, columns, D, *dy.stride(), *rects.stride(),

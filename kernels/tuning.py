@@ -134,10 +134,11 @@ def patch_loss_tile(values: int) -> RowsTile:
     return RowsTile(max(1, min(64, 4096 // block_d)), block_d, 0, max(4, block_d // 1024), UNMEASURED)
 
 
-def region_tile(D: int, itemsize: int) -> RowsTile:
+def region_tile(D: int, itemsize: int, backward: bool = False) -> RowsTile:
     """Tile of `region_pool`: cells of an image x width, and rectangles that one reading of them serves."""
     block_d = max(16, min(128 if itemsize == 2 else 64, _power_of_2(D)))
-    return RowsTile(64, block_d, 16, 4, UNMEASURED)
+    # backward adds up in fp32, forward multiplies
+    return RowsTile(max(16, 2048 // block_d) if backward else 64, block_d, 16, 4, UNMEASURED)
 
 
 class PairsTile(NamedTuple):
@@ -152,7 +153,7 @@ class PairsTile(NamedTuple):
 
 def negatives_tile(D: int, itemsize: int) -> PairsTile:
     """Tile of `sample_hard_negatives`: small, as batches are, and few candidates remain to be formed again."""
-    return PairsTile(64, max(16, min(32 if itemsize == 4 else 64, _power_of_2(D))), 4, 3, UNMEASURED)
+    return PairsTile(64, max(16, min(32 if itemsize == 4 else 64, _power_of_2(D))), 8, 3, UNMEASURED)
 
 
 # boxes that a program of `box_loss` holds at a time

@@ -24,6 +24,7 @@ TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.int64: "i64",
+    torch.int32: "i32",
     torch.bool: "i1",
     torch.uint8: "u8",
 }
@@ -83,7 +84,7 @@ def compile_launch(kernel, args, options, architecture):
                 attributes[(place,)] = [["tt.divisibility", 16]]
     kind = GluonASTSource if kernel.is_gluon() else ASTSource
     source = kind(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    launch = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
+    launch = {key: options[key] for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in options}
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
     constexprs = {name: value for name, value in values.items() if name in constant_names}
     return {"kernel": kernel.fn.__name__, "architecture": architecture, "options": constexprs | launch} | inspect(

@@ -1,4 +1,4 @@
-"""The tests of the masking operators once more, in processes where Triton interprets its kernels."""
+"""The tests of the masking and of the region operators once more, in processes where Triton interprets its kernels."""
 
 import os
 import pathlib
@@ -9,7 +9,14 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).parents[2]
-FILES = ("test_select.py", "test_patches.py", "test_patch_loss.py")
+FILES = (
+    "test_select.py",
+    "test_patches.py",
+    "test_patch_loss.py",
+    "test_region_pool.py",
+    "test_hard_negatives.py",
+    "test_box_loss.py",
+)
 
 
 def tritons():
@@ -23,7 +30,11 @@ def test_interpreted(folder):
     first = [str(pathlib.Path(folder).resolve())] if folder else []
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([*first, str(ROOT)])}
     # every test that takes an implementation, but for the compiler's; a selection of them under the second Triton
-    chosen = "triton and (order or squares or frozen or pixel_order)" if folder else "triton and not compiles"
+    chosen = (
+        "triton and (order or squares or frozen or pixel_order or alike or cut_off or definition)"
+        if folder
+        else "triton and not compiles"
+    )
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", chosen, "-m", "not full", "-p", "no:cacheprovider"]
     run = subprocess.run(
         [*command, *(str(ROOT / "tests" / "kernels" / name) for name in FILES)],
