@@ -24,9 +24,9 @@ def fits(x: Tensor) -> bool:
     )
 
 
-def self_attention(qkv: Tensor, heads: int, causal: bool) -> Tensor:
-    """Output (B, N, D) for qkv (B, N, 3 D), the parts one behind the other."""
-    return _SelfAttention.apply(qkv, heads, causal)
+def self_attention(qkv: Tensor, heads: int, causal: bool, valid: Tensor | None = None) -> Tensor:
+    """Output (B, N, D) for qkv (B, N, 3 D), the parts one behind the other; `valid` as in `cross_attention`."""
+    return _SelfAttention.apply(qkv, heads, causal, valid)
 
 
 def cross_attention(q: Tensor, kv: Tensor, heads: int, valid: Tensor | None) -> Tensor:
@@ -34,12 +34,24 @@ def cross_attention(q: Tensor, kv: Tensor, heads: int, valid: Tensor | None) -> 
     return _CrossAttention.apply(q, kv, heads, valid)
 
 
+def indexed_attention(q: Tensor, table: Tensor, index: Tensor, valid: Tensor, heads: int) -> Tensor:
+    """Output (B, N, D) for q (B, N, D) that looks up rows of a table (R, 2 D): the keys and values of all samples.
+
+    Args:
+        q, table: of one dtype.
+        index: (B, M) int64, rows of each sample; rows may be those of many.
+        valid: (B, M) bool, which of them may be seen; one at least.
+        heads: H.
+    """
+    return _IndexedAttention.apply(q, table, index, valid, heads)
+
+
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv: Tensor, heads: int, causal: bool) -> Tensor:
+    def forward(ctx, qkv: Tensor, heads: int, causal: bool, valid: Tensor | None) -> Tensor:
         q, k, v = _heads(qkv, 3, heads)
         N = q.shape[1]
-        bias = q.new_full((N, N), -torch.inf).triu(1)[None] if causal else q.new_zeros(1, 1, 1)
+        bias = q.new_full((N, N), -torch.inf).triu(1)[None] if causal else _key_bias(q, valid, heads)
         out, P = _attend(q, k, v, bias)
         ctx.save_for_backward(qkv, P)
         ctx.heads = heads
@@ -47,20 +59,17 @@ class _SelfAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None, None]:
         qkv, P = ctx.saved_tensors
         dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         _attend_backward(dout, P, *_heads(qkv, 3, ctx.heads), *_heads(dqkv, 3, ctx.heads))
-        return dqkv, None, None
+        return dqkv, None, None, None
 
 
 class _CrossAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, kv: Tensor, heads: int, valid: Tensor | None) -> Tensor:
-        bias = q.new_zeros(1, 1, 1)
-        if valid is not None:
-            bias = q.new_zeros(valid.shape).masked_fill(~valid, -torch.inf).repeat_interleave(heads, dim=0)[:, None]
-        out, P = _attend(*_heads(q, 1, heads), *_heads(kv, 2, heads), bias)
+        out, P = _attend(*_heads(q, 1, heads), *_heads(kv, 2, heads), _key_bias(q, valid, heads))
         ctx.save_for_backward(q, kv, P)
         ctx.heads = heads
         return out
@@ -73,6 +82,47 @@ class _CrossAttention(torch.autograd.Function):
         (q,), (dq_heads,) = _heads(q, 1, ctx.heads), _heads(dq, 1, ctx.heads)
         _attend_backward(dout, P, q, *_heads(kv, 2, ctx.heads), dq_heads, *_heads(dkv, 2, ctx.heads))
         return dq, dkv, None, None
+
+
+class _IndexedAttention(torch.autograd.Function):
+    """Rows are fetched block by block, in both passes, so that no copy of them outlives its block."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, table: Tensor, index: Tensor, valid: Tensor, heads: int) -> Tensor:
+        B, N, D = q.shape
+        out, P = torch.empty_like(q), q.new_empty(B * heads, N, index.shape[1])
+        bias = _key_bias(q, valid, heads)
+        for samples in _blocks(q.view(B, N, heads, -1), index):
+            rows = slice(samples.start * heads, samples.stop * heads)
+            kv = table.index_select(0, index[samples].flatten()).view(-1, index.shape[1], 2 * D)
+            out[samples], P[rows] = _attend(*_heads(q[samples], 1, heads), *_heads(kv, 2, heads), bias[rows])
+        ctx.save_for_backward(q, table, index, P)
+        ctx.heads = heads
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, table, index, P = ctx.saved_tensors
+        heads, (B, N, D) = ctx.heads, q.shape
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dtable = torch.zeros_like(table)
+        for samples in _blocks(q.view(B, N, heads, -1), index):
+            places = index[samples].flatten()
+            kv = table.index_select(0, places).view(-1, index.shape[1], 2 * D)
+            dkv = torch.empty_like(kv)
+            (here,), (dhere,) = _heads(q[samples], 1, heads), _heads(dq[samples], 1, heads)
+            parts = P[samples.start * heads : samples.stop * heads]
+            _attend_backward(dout[samples], parts, here, *_heads(kv, 2, heads), dhere, *_heads(dkv, 2, heads))
+            dtable.index_add_(0, places, dkv.view(-1, 2 * D))
+        return dq, dtable, None, None, None
+
+
+def _key_bias(q: Tensor, valid: Tensor | None, heads: int) -> Tensor:
+    """What is added to the logits, (1 or B H, 1, 1 or M)."""
+    if valid is None:
+        return q.new_zeros(1, 1, 1)
+    return q.new_zeros(valid.shape).masked_fill(~valid, -torch.inf).repeat_interleave(heads, dim=0)[:, None]
 
 
 def _heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:

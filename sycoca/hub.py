@@ -26,6 +26,7 @@ from sycoca.openclip_files import OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, SUFFIXES, r
 from sycoca.presets import MODEL_PRESETS
 from sycoca.tokenizer import Tokenizer
 from sycoca.weights import WeightsError, load_into, read_weights, resize_positions
+from sycoca.xvlm import build_model
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -110,7 +111,7 @@ def create_model(name: str, **changes: Any) -> SyCoCa:
     data = to_dict(MODEL_PRESETS[name])
     for key, value in changes.items():
         data[key] = data[key] | value if isinstance(value, dict) and isinstance(data.get(key), dict) else value
-    return SyCoCa(from_dict(ModelConfig, data))
+    return build_model(from_dict(ModelConfig, data))
 
 
 def build(
@@ -119,12 +120,12 @@ def build(
     """The model of a configuration with the given weights, its positions fitted to the image size."""
     if image_size is not None and image_size != config.vision.image_size:
         config = replace(config, vision=replace(config.vision, image_size=image_size))
-        for name in ("vision.sequence.pos", "image_decoder.pos"):
+        for name in ("vision.sequence.pos", "image_decoder.pos", "fusion.places.pos"):
             if name in state:
                 state[name] = resize_positions(state[name], config.vision.grid)
     # No memory is filled twice: every parameter becomes the tensor that was read.
     with torch.device("meta"):
-        model = SyCoCa(config)
+        model = build_model(config)
     load_into(model, state, source=source)
     model.tokenizer = tokenizer
     return model

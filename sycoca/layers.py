@@ -80,7 +80,10 @@ def _attend_products(q: Tensor, k: Tensor, v: Tensor, causal: bool, valid: Tenso
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of a sequence to itself; `causal` is a property of the encoder it stands in."""
+    """Multi-head attention of a sequence to itself; `causal` is a property of the encoder it stands in.
+
+    Where it is not causal, `valid` (B, N) bool says which keys may be seen.
+    """
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
@@ -88,18 +91,24 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, past: Past | None = None, packing: Packing | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        past: Past | None = None,
+        packing: Packing | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
         qkv = self.qkv(x)
         if packing is not None:
             qkv = packing.unpack(qkv)
         if past is None and cpu_attention.fits(qkv):
-            attended = cpu_attention.self_attention(qkv, self.heads, self.causal)
+            attended = cpu_attention.self_attention(qkv, self.heads, self.causal, valid)
         else:
             q, k, v = self._split(qkv)
             if past is not None:
                 k, v = past.extend(KeysValues(k, v))
             # A single query is the last of its keys.
-            attended = attend(q, k, v, causal=self.causal and q.shape[2] > 1)
+            attended = attend(q, k, v, causal=self.causal and q.shape[2] > 1, valid=valid)
         return self.out(attended if packing is None else packing.pack(attended))
 
     def values(self, x: Tensor) -> Tensor:
@@ -167,8 +176,14 @@ class Block(nn.Module):
         self.ln_mlp = LayerNorm(width)
         self.mlp = MLP(width, mlp_ratio)
 
-    def forward(self, x: Tensor, past: Past | None = None, packing: Packing | None = None) -> Tensor:
-        x = x + self.attn(self.ln_attn(x), past, packing)
+    def forward(
+        self,
+        x: Tensor,
+        past: Past | None = None,
+        packing: Packing | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.attn(self.ln_attn(x), past, packing, valid)
         return x + self.mlp(self.ln_mlp(x))
 
 

@@ -157,10 +157,16 @@ class SyCoCa(nn.Module, HubMixin):
             schedule: of `kernels.fused_itc_loss`.
             whole: of the batch that this one is a part of; nothing is exchanged with other ranks then.
         """
-        config, weight, spread = self.config, self.config.loss, Spread(group, shares, schedule)
+        return self._pretrain(batch, plan, Spread(group, shares, schedule), whole)[0]
+
+    def _pretrain(
+        self, batch: Batch, plan: StepPlan, spread: Spread, whole: Whole | None
+    ) -> tuple[Losses, ImageFeatures, TextFeatures]:
+        """Losses, and the encoded pairs that they are of."""
+        config, weight = self.config, self.config.loss
         text = self.encode_text(batch.tokens)
         if whole is None:
-            counts, parts = global_counts(self.counts(batch.tokens), group)
+            counts, parts = global_counts(self.counts(batch.tokens), spread.group)
         else:
             counts, parts = whole.counts, whole.parts
         tokens, pairs = (counts.clamp(min=1) / parts).unbind()
@@ -193,7 +199,7 @@ class SyCoCa(nn.Module, HubMixin):
             group_size = config.masking.local_group
             local = local_loss(*operands, text.scored, self.local.scale(), group_size) / pairs
             total = total + config.local_weight * local
-        return Losses(total, itc, caption, tgmim, local, mask_overlap)
+        return Losses(total, itc, caption, tgmim, local, mask_overlap), image, text
 
     @torch.no_grad()
     def counts(self, tokens: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What stands for an image as a whole, and what captioning attends to.
 
 cls       features of [CLS], memory of the patches themselves
+mean      the mean of the patches, memory of the patches themselves; where boxes are pooled as well
 single    n queries attend to [CLS] and patches; the first is the image, the others the memory (open_clip's CoCa)
 parallel  n queries make the memory, one more the image, both from [CLS] and patches
 cascade   n queries make the memory, one more makes the image of that (CoCa, arXiv 2205.01917)
@@ -48,6 +49,13 @@ class ClassToken(nn.Module):
         return Pooled(cls, patches)
 
 
+class Mean(nn.Module):
+    """The whole image as a box of it: the mean of its patches."""
+
+    def forward(self, cls: Tensor, patches: Tensor) -> Pooled:
+        return Pooled(patches.float().mean(1).to(patches.dtype), patches)
+
+
 class SinglePooler(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -87,6 +95,8 @@ class CascadePoolers(nn.Module):
 
 def build_pooler(config: ModelConfig) -> nn.Module:
     """The pooler that a configuration names."""
+    if config.vision.region_form == "pooled":
+        return Mean()
     match config.vision.pooler:
         case "cls":
             return ClassToken()

@@ -3,6 +3,7 @@
 from sycoca.config import (
     CLIP_IDS,
     CaptionDecoderConfig,
+    FusionConfig,
     ImageDecoderConfig,
     MaskingConfig,
     ModelConfig,
@@ -11,6 +12,8 @@ from sycoca.config import (
 )
 
 _OURS = MaskingConfig(score_space="local", ic_mask_prob=0.5, attentive_start=0.3, masked_input="drop")
+_XVLM = ("itc", "itm", "mlm", "bbox")
+
 MODEL_PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         embed_dim=128,
@@ -51,6 +54,26 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
         image_decoder=ImageDecoderConfig(depth=4, width=768, heads=12),
         masking=_OURS,
     ),
+    "xvlm_tiny": ModelConfig(
+        embed_dim=128,
+        vision=VisionConfig(image_size=48, patch_size=8, width=96, depth=4, heads=4, local_depth=1),
+        text=TextConfig(context_length=28, vocab_size=512, width=96, depth=2, heads=4, kind="bidirectional", mask_id=3),
+        caption_decoder=CaptionDecoderConfig(depth=1, heads=4),
+        image_decoder=ImageDecoderConfig(depth=1, width=128, heads=4),
+        fusion=FusionConfig(depth=2, heads=4),
+        objectives=_XVLM,
+    ),
+    "xvlm_base": ModelConfig(
+        embed_dim=256,
+        vision=VisionConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12),
+        text=TextConfig(
+            context_length=40, vocab_size=30522, width=768, depth=6, heads=12, kind="bidirectional", mask_id=3
+        ),
+        caption_decoder=CaptionDecoderConfig(depth=6, heads=12),
+        image_decoder=ImageDecoderConfig(depth=4, width=768, heads=12),
+        fusion=FusionConfig(depth=6, heads=12),
+        objectives=_XVLM,
+    ),
 }
 
 # Parameters of each preset, and of it without image decoder and score heads.
@@ -60,4 +83,6 @@ PRESET_PARAMETERS: dict[str, tuple[int, int]] = {
     "base_16": (271532034, 253739265),
     "coca_base": (479686093, 440336641),
     "large_14": (679782222, 640414465),
+    "xvlm_tiny": (1121799, 1121799),
+    "xvlm_base": (212064577, 212064577),
 }

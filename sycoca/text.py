@@ -100,6 +100,10 @@ class TextEncoder(nn.Module):
 
 def build_text_encoder(config: ModelConfig) -> TextEncoder:
     """The text encoder that a configuration names."""
+    if config.text.kind == "bidirectional":
+        from sycoca.bidirectional import BidirectionalTextEncoder
+
+        return BidirectionalTextEncoder(config)
     if config.text.cls_place == "behind_caption":
         return TextEncoder(config)
     from sycoca.text_padded import PaddedTextEncoder

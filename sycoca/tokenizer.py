@@ -1,6 +1,7 @@
-"""Captions to token ids and back: byte-level BPE, trained on captions or CLIP's own.
+"""Captions to token ids and back: byte-level BPE, trained on captions or CLIP's own, and WordPiece.
 
-    [SOT] w1 ... wn [EOT] [PAD] ...
+    [SOT] w1 ... wn [EOT] [PAD] ...        BPE
+    [CLS] w1 ... wn [PAD] ...              WordPiece; [SEP] behind the words where the vocabulary's file says so
 
 Text is lower-cased before it is split, so that no text can spell a special token. A caption that does not fit loses
 its end, never its [EOT]. What lies behind the first [EOT] is padding; in CLIP, the padding id is a word as well.
@@ -25,6 +26,9 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from torch import Tensor
 
 _OWN = ("[PAD]", "[SOT]", "[EOT]")
+_WORDPIECE = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
+# What marks a piece that goes on with a word, and, while pieces are learned, one that begins it.
+_CONTINUES, _BEGINS = "##", "\u2581"
 _CLIP = ("!", "<start_of_text>", "<end_of_text>")
 _CLIP_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _CLIP_MERGES = 49152 - 256 - 2
@@ -85,7 +89,7 @@ def _bytes_to_characters() -> list[str]:
 
 
 class Tokenizer:
-    """A vocabulary with its start, end and padding ids.
+    """A vocabulary with its start, end and padding ids, and that of [MASK] where it has one, else None.
 
     Args:
         backend: a tokenizer of the `tokenizers` library whose vocabulary holds the special tokens.
@@ -94,10 +98,15 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
         self._is_clip = backend.token_to_id(_CLIP[1]) is not None
-        ids = [backend.token_to_id(name) for name in (_CLIP if self._is_clip else _OWN)]
+        self._is_wordpiece = isinstance(backend.model, models.WordPiece)
+        names = _WORDPIECE[:3] if self._is_wordpiece else _CLIP if self._is_clip else _OWN
+        ids = [backend.token_to_id(name) for name in names]
         if None in ids:
             raise ValueError("tokenizer: the vocabulary lacks its padding, start or end token")
         self.pad_id, self.sot_id, self.eot_id = ids
+        self.mask_id = backend.token_to_id(_WORDPIECE[3]) if self._is_wordpiece else None
+        # A backend tells it by what it would put around a text.
+        self._ends = not self._is_wordpiece or backend.encode("").ids[-1:] == [self.eot_id]
 
     @property
     def vocab_size(self) -> int:
@@ -133,6 +142,66 @@ class Tokenizer:
         backend.train_from_iterator((_bounded(text, _TRAINED_CHARACTERS) for text in captions), trainer)
         learned = json.loads(backend.to_str())["model"]
         return cls(cls._assemble(models.BPE(learned["vocab"], [tuple(m) for m in learned["merges"]]), _OWN))
+
+    @classmethod
+    def train_wordpiece(cls, captions: Iterable[str], vocab_size: int, *, sep: bool = False) -> Tokenizer:
+        """Learns a WordPiece vocabulary.
+
+        Args:
+            captions: the texts; equal multisets of texts give equal vocabularies.
+            vocab_size: rows at most, special tokens included.
+            sep: whether [SEP] ends the words.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            ValueError: no room for special tokens and a letter.
+        """
+        letters = (vocab_size - len(_WORDPIECE)) // 2
+        if letters < 1:
+            raise ValueError(f"tokenizer: vocab_size must be at least {len(_WORDPIECE) + 2}, got {vocab_size}")
+        # The library's own WordPiece trainer numbers pieces in another order each time. Merges of letters that know
+        # where a word begins are the same pieces, learned in one order.
+        learner = tokenizers.Tokenizer(models.BPE())
+        learner.normalizer = _normalizer(printed_only=True)
+        learner.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Metaspace(_BEGINS, prepend_scheme="always", split=False)]
+        )
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, limit_alphabet=letters + 1, show_progress=False)
+        learner.train_from_iterator((_bounded(text, _TRAINED_CHARACTERS) for text in captions), trainer)
+        found = json.loads(learner.to_str())["model"]["vocab"]
+        pieces = sorted(found, key=found.get)
+        single = [piece for piece in pieces if len(piece) == 1 and piece != _BEGINS]
+        words = [*_WORDPIECE, *single, *(_CONTINUES + letter for letter in single)]
+        for piece in pieces:
+            if len(piece) > 1:
+                words.append(piece[1:] if piece.startswith(_BEGINS) else _CONTINUES + piece)
+        vocabulary = {word: i for i, word in enumerate(list(dict.fromkeys(words))[:vocab_size])}
+        backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=_WORDPIECE[4]))
+        backend.normalizer = _normalizer(printed_only=True)
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece(prefix=_CONTINUES)
+        return cls(backend).ending(sep)
+
+    def ending(self, sep: bool) -> Tokenizer:
+        """The same WordPiece vocabulary with or without [SEP] behind the words."""
+        if not self._is_wordpiece:
+            raise ValueError("tokenizer: only a WordPiece vocabulary can leave out its end token")
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        start, end = _WORDPIECE[1:3]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A {end}" if sep else f"{start} $A",
+            special_tokens=[(start, self.sot_id), (end, self.eot_id)],
+        )
+        return type(self)(backend)
+
+    def continues(self) -> Tensor:
+        """Which tokens (V,) bool go on with a word that an earlier one began; none where the kind cannot tell."""
+        found = torch.zeros(self.vocab_size, dtype=torch.bool)
+        if self._is_wordpiece:
+            found[[i for word, i in self._backend.get_vocab().items() if word.startswith(_CONTINUES)]] = True
+        return found
 
     @classmethod
     def clip(cls) -> Tokenizer:
@@ -228,10 +297,11 @@ class Tokenizer:
         cleaned = [self._clean(text, most) for text in texts]
         tokens = np.full((len(cleaned), context_length), self.pad_id, dtype=np.int64)
         for row, encoding in zip(tokens, self._backend.encode_batch_fast(cleaned, add_special_tokens=False)):
-            ids = encoding.ids[: context_length - 2]
+            ids = encoding.ids[: context_length - 1 - self._ends]
             row[0] = self.sot_id
             row[1 : len(ids) + 1] = ids
-            row[len(ids) + 1] = self.eot_id
+            if self._ends:
+                row[len(ids) + 1] = self.eot_id
         return torch.from_numpy(tokens)
 
     def words(self, text: str, context_length: int) -> list[tuple[str, list[int]]]:
@@ -248,7 +318,7 @@ class Tokenizer:
         encoding = self._backend.encode(cleaned, add_special_tokens=False)
         found: dict[int, tuple[list[int], list[int]]] = {}
         for position, (word, span) in enumerate(zip(encoding.word_ids, encoding.offsets), 1):
-            if position <= context_length - 2:
+            if position <= context_length - 1 - self._ends:
                 positions, ends = found.setdefault(word, ([], []))
                 positions.append(position)
                 ends += span

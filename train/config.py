@@ -76,8 +76,11 @@ class DataConfig(Section):
     """`train` and `val` are sources as `open_dataset` takes them; without `val` the training source's own val part.
 
     `crop_scale` is the range of a random crop's share of the area; None crops the centre. `flip` is the share of
-    pictures shown mirrored, which makes captions that say left and right wrong. A run stops when it finds more than
-    `max_left_out` of the training samples unusable.
+    pictures shown mirrored, which makes captions that say left and right wrong; texts with boxes are spared that. A run
+    stops when it finds more than `max_left_out` of the training samples unusable.
+    `tokenizer` is a file, clip, or learned from the captions: bpe, or wordpiece for a bidirectional text encoder.
+    `regions` is the source of texts with boxes; None takes the training source. An image gives at most `max_regions` of
+    them, its own caption, in `whole_share` of the cases, among them; `region_crop` shows it cropped about one of them.
     """
 
     train: str = "scenes"
@@ -88,10 +91,14 @@ class DataConfig(Section):
     crop_scale: tuple[float, float] | None = (0.9, 1.0)
     flip: float = 0.0
     max_left_out: float = 0.1
+    regions: str | None = None
+    max_regions: int = 5
+    whole_share: float = 1.0
+    region_crop: bool = True
 
     def __post_init__(self) -> None:
-        at_least(self, val_pairs=2, workers=0)
-        shares(self, "flip", "max_left_out")
+        at_least(self, val_pairs=2, workers=0, max_regions=1)
+        shares(self, "flip", "max_left_out", "whole_share")
         if self.crop_scale is not None:
             low, high = self.crop_scale
             require(0 < low <= high <= 1, f"crop_scale: {self.crop_scale}, needs 0 < low <= high <= 1")
@@ -105,6 +112,7 @@ class TrainConfig(Section):
 
     A checkpoint is written every `save_every` steps and every `save_minutes` minutes; the `keep_last` newest stay, and
     those whose step `keep_every` divides. A loss above `spike_factor` times the median of those before is told.
+    `region_batch` is the number of texts with boxes that a rank takes beside its pairs, in the same step.
     `compile` compiles the blocks, which takes minutes before the first step.
     `wandb` is the Weights & Biases project that gets the figures too.
     """
@@ -112,6 +120,7 @@ class TrainConfig(Section):
     steps: int | None = None
     epochs: float | None = None
     micro_batch: int = 256
+    region_batch: int = 0
     accumulation: int = 1
     global_batch: int | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -127,7 +136,7 @@ class TrainConfig(Section):
     wandb: str | None = None
 
     def __post_init__(self) -> None:
-        at_least(self, steps=1, micro_batch=1, accumulation=1, global_batch=1)
+        at_least(self, steps=1, micro_batch=1, region_batch=0, accumulation=1, global_batch=1)
         at_least(self, log_every=1, save_every=1, keep_last=1, keep_every=1)
         _finite(self, "epochs", "timeout_s", "save_minutes", "spike_factor")
         # What torch seeds with is 64 bits wide.
@@ -174,6 +183,15 @@ class RunConfig(Section):
     train: PretrainConfig = PretrainConfig()
     init: str | None = None
 
+    def __post_init__(self) -> None:
+        boxes, asked = self.train.region_batch, self.model.learns("bbox")
+        require(boxes > 0 or not asked, "train.region_batch: 0, the objective 'bbox' needs texts with boxes")
+        require(boxes == 0 or self.model.fusion is not None, f"train.region_batch: {boxes}, boxes need model.fusion")
+        kinds = {"causal": ("bpe", "clip"), "bidirectional": ("wordpiece",)}
+        text, name = self.model.text, self.data.tokenizer
+        wrong = f"data.tokenizer: '{name}', a {text.kind} text encoder needs {kinds[text.kind][0]} or a file"
+        require(name in kinds[text.kind] or name not in sum(kinds.values(), ()), wrong)
+
 
 def require_batch(train: TrainConfig, source: str, samples: int, world: int) -> None:
     """Raises ConfigError where the training source does not fill a single batch."""
@@ -213,6 +231,30 @@ PRESETS: dict[str, RunConfig] = {
     ),
     "large_14": RunConfig(
         preset="large_14", model=MODEL_PRESETS["large_14"], train=PretrainConfig(epochs=20, micro_batch=128)
+    ),
+    "xvlm_tiny": RunConfig(
+        preset="xvlm_tiny",
+        model=MODEL_PRESETS["xvlm_tiny"],
+        optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.05),
+        schedule=ScheduleConfig(name="wsd", warmup_steps=40, decay_share=0.3),
+        data=DataConfig(workers=1, tokenizer="wordpiece", crop_scale=None, whole_share=0.0, region_crop=False),
+        train=TrainConfig(
+            steps=900,
+            micro_batch=16,
+            region_batch=64,
+            log_every=20,
+            save_every=450,
+            keep_last=2,
+            precision="fp32",
+        ),
+    ),
+    "xvlm_base": RunConfig(
+        preset="xvlm_base",
+        model=MODEL_PRESETS["xvlm_base"],
+        optimizer=OptimizerConfig(lr=1e-4, eps=1e-8, weight_decay=0.01),
+        schedule=ScheduleConfig(name="linear", warmup_steps=2500),
+        data=DataConfig(tokenizer="wordpiece", crop_scale=(0.2, 1.0), flip=0.5),
+        train=TrainConfig(steps=200_000, micro_batch=128, region_batch=128),
     ),
 }
 

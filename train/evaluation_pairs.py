@@ -44,7 +44,7 @@ class HeldOut:
 
     def __init__(self, dataset, tokenizer, config, *, image_size: int, pairs: int, device, group) -> None:
         self._dataset, self._tokenizer, self._config = dataset, tokenizer, config
-        self._image_size, self._device, self._group = image_size, device, group
+        self._image_size, self.device, self._group = image_size, device, group
         self._rank = dist.get_rank(group) if group is not None else 0
         self._world = dist.get_world_size(group) if group is not None else 1
         self._count = min(pairs, len(dataset))
@@ -55,6 +55,11 @@ class HeldOut:
         """This rank's slice of the pairs, in order."""
         for rows in _batches(self._slice(self._count), batch_size):
             yield self._batch(rows)
+
+    def rows(self, batch_size: int) -> Iterator[list[int]]:
+        """Indices of this rank's slice of the pairs, in order, without padding."""
+        for rows in _batches(self._slice(self._count), batch_size):
+            yield [index for index in rows if index < self._count]
 
     def share(self) -> dict[int, tuple[str, tuple[str, ...]]]:
         """Key and captions of every usable pair by its index, from all ranks; call it behind `batches`."""
@@ -70,7 +75,7 @@ class HeldOut:
     def images(self, indices: list[int]) -> Tensor:
         """The images (B, 3, H, W) of usable pairs, read anew."""
         read = [eval_transform(self._dataset[i].image, self._image_size) for i in indices]
-        return torch.stack(read).to(self._device)
+        return torch.stack(read).to(self.device)
 
     def skipped(self) -> dict[str, int]:
         """Unusable pairs by cause; of all ranks behind `share`."""
@@ -93,7 +98,7 @@ class HeldOut:
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over the ranks."""
-        total = torch.tensor(values, dtype=torch.float64, device=self._device)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
         return total.tolist()
@@ -102,7 +107,8 @@ class HeldOut:
         each = -(-count // self._world)
         return range(self._rank * each, (self._rank + 1) * each)
 
-    def _read(self, index: int) -> Sample | None:
+    def read(self, index: int) -> Sample | None:
+        """A sample, None where it cannot be used, which is counted."""
         try:
             sample = self._dataset[index]
         except BadSample as bad:
@@ -115,21 +121,21 @@ class HeldOut:
         for step in range(1, self._count + 1):
             other = (index + step) % self._count
             if other not in self._samples:
-                self._read(other)
+                self.read(other)
             if self._samples[other] is not None:
                 return self._samples[other][1][0]
         return ""
 
     def _encode(self, captions: list[str]) -> Tensor:
         tokens = self._tokenizer.encode(captions, self._config.text.context_length)
-        return torch.as_tensor(tokens, dtype=torch.int64).to(self._device)
+        return torch.as_tensor(tokens, dtype=torch.int64).to(self.device)
 
     def _batch(self, indices: range) -> Pairs:
         vision = self._config.vision
         images = torch.zeros(len(indices), 3, self._image_size, self._image_size)
         areas = torch.zeros(2, len(indices), vision.num_patches, dtype=torch.float64)
         captions, strangers, counted = [""] * len(indices), [""] * len(indices), [False] * len(indices)
-        samples = [self._read(index) if index < self._count else None for index in indices]
+        samples = [self.read(index) if index < self._count else None for index in indices]
         for row, (index, sample) in enumerate(zip(indices, samples)):
             if sample is None:
                 continue
@@ -140,13 +146,13 @@ class HeldOut:
                 boxes = [crop_box(region.box, sample.image) for region in regions]
                 area[row] = described_area(boxes, vision.grid, vision.patch_size)
         return Pairs(
-            images.to(self._device),
+            images.to(self.device),
             self._encode(captions),
             self._encode(strangers),
-            torch.tensor(list(indices), device=self._device),
-            torch.tensor(counted, device=self._device),
-            areas[0].to(self._device),
-            areas[1].to(self._device),
+            torch.tensor(list(indices), device=self.device),
+            torch.tensor(counted, device=self.device),
+            areas[0].to(self.device),
+            areas[1].to(self.device),
         )
 
 

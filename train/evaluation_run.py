@@ -36,6 +36,7 @@ def evaluate(
     device: Any,
     group: Any = None,
     examples: int = 16,
+    train: Any = None,
 ) -> dict:
     """Judges a model on the first pairs of a held-out data set.
 
@@ -49,13 +50,15 @@ def evaluate(
         device: where the model is.
         group: a process group whose ranks share the work and all get the result; None for this process alone.
         examples: captions to write, at most.
+        train: the training source, for the predictor of boxes that ignores its text; None leaves that one out.
 
     Returns:
         Plain data, ready for JSON:
         `retrieval.pairs` (first captions) and `retrieval.captions` (all of them, a hit if any is in the top k):
         recalls and their chance; `captioning`: nats per token with the true image and with a stranger's, and captions
         written beside the true ones; `tgmim`: L1 of the masked pixels, normalised, against plain colours;
-        `selection`: share of the described area inside the selected patches, AUC of the scores; `seconds`.
+        `selection`: share of the described area inside the selected patches, AUC of the scores; `grounding` and
+        `matching` as of `train.evaluation_regions.judge`; `seconds`.
 
     Raises:
         ValueError: no pair is usable.
@@ -83,6 +86,10 @@ def evaluate(
         "tgmim": None,
         "selection": None,
     }
+    if config.learns("bbox") or config.learns("itm"):
+        from train.evaluation_regions import judge
+
+        figures |= judge(model, tokenizer, held_out, train)
     if config.learns("itc"):
         figures["retrieval"] = _retrieval(model, held_out, features, usable, batch_size)
     if config.learns("ic"):
@@ -274,6 +281,10 @@ def summary_lines(figures: dict) -> list[str]:
             f"{_number(selection['described_share_shuffled'])} by another caption, "
             f"{_number(selection['described_share_random'])} at random"
         )
+    if figures.get("grounding") or figures.get("matching"):
+        from train.evaluation_regions import region_lines
+
+        lines += region_lines(figures)
     for example in (captioning or {}).get("examples", [])[:_SHOWN]:
         lines += [f"  true:    {example['caption']}", f"  written: {example['written']}"]
     return lines

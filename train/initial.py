@@ -10,7 +10,7 @@ from train.config import RunConfig
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # Parts that other objectives than the given model's need, which begin anew.
-FRESH = ("image_decoder", "local")
+FRESH = ("image_decoder", "local", "fusion", "itm_head", "box_head", "word_head")
 
 
 def started_from(config: RunConfig, name: str) -> RunConfig:
@@ -60,11 +60,11 @@ def load_initial(model, config: RunConfig) -> list[str]:
     import torch.distributed as dist
 
     from sycoca.hub import load_pretrained
-    from sycoca.model import SyCoCa
     from sycoca.weights import load_into
+    from sycoca.xvlm import build_model
 
     with torch.device("meta"):
-        plain = SyCoCa(config.model)
+        plain = build_model(config.model)
     shapes = {name: p.shape for name, p in plain.state_dict().items()}
     try:
         given = load_pretrained(config.init, image_size=config.model.vision.image_size).model.state_dict()

@@ -1,5 +1,6 @@
 """What a run reads: its sources, its tokenizer, and the batches from any step on."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sycoca.config import ConfigError
+from sycoca.mlm import MaskedWords, mask_words
 from sycoca.model import Batch
+from sycoca.regions import RegionBatch
 from sycoca.tokenizer import Tokenizer
+from sycoca.xvlm import XBatch
 from train.budget import Budget
 from train.data import DataError, Source, batches
+from train.data.region_batches import region_batches
 from train.durable import replaced, write_atomically
 from train.exits import of_the_system
 from train.health import Place
@@ -35,12 +40,54 @@ class Inputs(NamedTuple):
     world: int
     budget: Budget
 
-    def batches(self, first: int) -> Iterator[tuple[Batch, Place]]:
+    def batches(self, first: int) -> Iterator[tuple[Batch | XBatch, Place]]:
         """This rank's micro batches on the host and where they stand, from the global batch number `first` on.
 
         Samples that are left out are counted in `train.skipped`. Where a global batch comes in parts, its images are
         pictures (B, H, W, 3) uint8: all of them are held until the step is taken.
         """
+        pairs = self._pairs(first)
+        if self.launch.config.model.fusion is None:
+            yield from pairs
+            return
+        for (batch, place), regions in zip(pairs, self._regions(first)):
+            yield XBatch(batch, regions, self._masked(batch), self._masked(regions)), place
+
+    def _masked(self, batch: Batch | RegionBatch | None) -> MaskedWords | None:
+        """The texts of a batch with hidden words, where the model learns them."""
+        config = self.launch.config.model
+        if batch is None or not config.learns("mlm"):
+            return None
+        return mask_words(batch.tokens, batch.seeds, self.tokenizer.continues(), config.text, config.words)
+
+    def _regions(self, first: int) -> Iterator[RegionBatch | None]:
+        """This rank's texts with boxes, from the global batch number `first` on; None where a step has none."""
+        config, source = self.launch.config, self.launch.regions
+        if source is None:
+            yield from itertools.repeat(None)
+        options = {
+            "elements": config.train.region_batch * self.world,
+            "image_size": config.model.vision.image_size,
+            "grid": config.model.vision.grid,
+            "context_length": config.model.text.context_length,
+            "seed": config.train.seed,
+            "rank": self.rank,
+            "world": self.world,
+            "max_regions": config.data.max_regions,
+            "whole_share": config.data.whole_share,
+            "crop": config.data.region_crop,
+            "flip": config.data.flip,
+        }
+        per_epoch = region_batches(source, self.tokenizer, **options).batches_per_epoch
+        epoch, start = divmod(first, per_epoch)
+        workers = config.data.workers
+        loader = region_batches(source, self.tokenizer, **options, epoch=epoch, start=start, workers=workers)
+        loader.skipped = self.train.skipped
+        for loaded in loader:
+            yield RegionBatch(*loaded[:8])._replace(tokens=trim(loaded.tokens, config.model.text.pad_id))
+
+    def _pairs(self, first: int) -> Iterator[tuple[Batch, Place]]:
+        """This rank's pairs on the host."""
         config = self.launch.config
         global_batch, parts = config.train.global_batch, config.train.accumulation
         epoch, start = divmod(first, len(self.train) // global_batch)
@@ -126,14 +173,18 @@ def open_inputs(launch: Launch, *, rank: int, world: int) -> Inputs:
 
 
 def _make_tokenizer(launch: Launch) -> None:
-    saved, name = launch.run_dir / "tokenizer.json", launch.config.data.tokenizer
+    saved, name, text = launch.run_dir / "tokenizer.json", launch.config.data.tokenizer, launch.config.model.text
     if saved.exists():
         return
     try:
         if name == "bpe":
-            made = Tokenizer.train(launch.train.texts(_TOKENIZER_SAMPLES), launch.config.model.text.vocab_size)
+            made = Tokenizer.train(launch.train.texts(_TOKENIZER_SAMPLES), text.vocab_size)
+        elif name == "wordpiece":
+            made = Tokenizer.train_wordpiece(launch.train.texts(_TOKENIZER_SAMPLES), text.vocab_size, sep=text.sep)
         else:
             made = Tokenizer.clip() if name == "clip" else Tokenizer.load(name)
+        if text.kind == "bidirectional":
+            made = made.ending(text.sep)
     except (ValueError, ModuleNotFoundError) as error:
         raise DataError(f"data.tokenizer={name}: {error}") from None
     with replaced(saved) as beside:
@@ -152,4 +203,7 @@ def _tokenizer(launch: Launch) -> Tokenizer:
             f"data.tokenizer={launch.config.data.tokenizer}: {tokenizer.vocab_size} entries, special ids {ids}; "
             f"model.text has {wanted.vocab_size}, {(wanted.pad_id, wanted.sot_id, wanted.eot_id)}"
         )
+    if wanted.mask_id is not None and tokenizer.mask_id != wanted.mask_id:
+        name = launch.config.data.tokenizer
+        raise DataError(f"data.tokenizer={name}: [MASK] is {tokenizer.mask_id}, not {wanted.mask_id}")
     return tokenizer

@@ -28,8 +28,8 @@ from train.run_folder import check_writable, checkpoint_steps, free_run_dir, rea
 
 # With another value of these, or of the model's, what is continued would be another run.
 _FIXED = frozenset(
-    ["data.train", "data.val", "data.tokenizer", "train.seed"]
-    + [f"train.{name}" for name in ("micro_batch", "accumulation", "global_batch")]
+    ["data.train", "data.val", "data.tokenizer", "data.regions", "train.seed"]
+    + [f"train.{name}" for name in ("micro_batch", "accumulation", "global_batch", "region_batch")]
 )
 # The bytes and the special tokens.
 _LEAST_VOCABULARY = 256 + 3
@@ -45,6 +45,7 @@ class Launch:
     resume: bool
     train: Source
     val: Source
+    regions: Source | None = None
     reshape: bool = False
     trusted: bool = False
     restart: bool = False
@@ -154,6 +155,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     _check_groups(config, world)
     _check_options(config, ds.zero_optimization, args.reshape)
     train, val = _open(config, world)
+    regions = _open_regions(config, train)
     check_end(config, config.train.total_steps(len(train), world), newest)
     _check_tokenizer(config)
     launch = Launch(
@@ -163,6 +165,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
         args.resume,
         train,
         val,
+        regions,
         args.reshape,
         args.trust_checkpoint,
         args.restart,
@@ -195,6 +198,8 @@ def effective(launch: Launch) -> dict[str, Any]:
 
 def _check_groups(config: RunConfig, world: int) -> None:
     size, train = config.model.masking.local_group, config.train
+    if config.model.fusion is not None and train.accumulation > 1:
+        raise ConfigError(f"train.accumulation: {train.accumulation}, but X-VLM takes its batch at once")
     if config.model.local_weight > 0 and world * train.accumulation > 1 and train.micro_batch % size:
         raise ConfigError(
             f"model.masking.local_group {size} does not divide train.micro_batch {train.micro_batch}: {world} rank(s) "
@@ -233,11 +238,24 @@ def _open(config: RunConfig, world: int) -> tuple[Source, Source]:
     return train, val
 
 
+def _open_regions(config: RunConfig, train: Source) -> Source | None:
+    data = config.data
+    if not config.train.region_batch or data.regions is None:
+        return train if config.train.region_batch else None
+    try:
+        size, apart = config.model.vision.image_size, data.val is not None
+        return open_dataset(data.regions, "train", image_size=size, whole=apart)
+    except DataError as error:
+        raise ConfigError(f"data.regions: {error}") from None
+
+
 def _check_tokenizer(config: RunConfig) -> None:
     name = config.data.tokenizer
     if name == "bpe":
         if (rows := config.model.text.vocab_size) < _LEAST_VOCABULARY:
             raise ConfigError(f"model.text.vocab_size is {rows}, data.tokenizer=bpe needs at least {_LEAST_VOCABULARY}")
+    elif name == "wordpiece":
+        return
     elif name == "clip":
         if importlib.util.find_spec("open_clip") is None:
             raise ConfigError(
@@ -247,7 +265,8 @@ def _check_tokenizer(config: RunConfig) -> None:
         try:
             json.loads(Path(name).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ConfigError(f"data.tokenizer={name}: no such file; known: bpe, clip, or a tokenizer.json") from None
+            known = "bpe, wordpiece, clip, or a tokenizer.json"
+            raise ConfigError(f"data.tokenizer={name}: no such file; known: {known}") from None
         except OSError as error:
             raise ConfigError(f"data.tokenizer={name}: {error.strerror}") from None
         except ValueError:

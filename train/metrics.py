@@ -23,8 +23,34 @@ from train.exits import StopRun
 from train.together import agree
 
 # Terms on the progress line, those of fine-tuning behind those of pre-training.
-_SHOWN = ("itc", "caption", "tgmim", "answer", "label", "reward", "greedy")
+_SHOWN = (
+    "itc",
+    "caption",
+    "tgmim",
+    "itm",
+    "mlm",
+    "region_itc",
+    "region_itm",
+    "l1",
+    "giou",
+    "answer",
+    "label",
+    "reward",
+    "greedy",
+)
 LOSS_NAMES = ("loss", "itc", "caption", "tgmim", "local", "mask_overlap")
+# Those of `sycoca.xvlm.XLosses`.
+XVLM_LOSS_NAMES = (
+    *LOSS_NAMES,
+    "itm",
+    "mlm",
+    "region_itc",
+    "region_itm",
+    "region_mlm",
+    "l1",
+    "giou",
+    "matched",
+)
 
 
 @dataclass
@@ -228,8 +254,13 @@ def _is_row(line: str) -> bool:
         return False
 
 
-def trained_losses(config: ModelConfig) -> tuple[str, ...]:
-    """Names, of LOSS_NAMES, that mean something for a model of this configuration."""
+def loss_names(config: ModelConfig) -> tuple[str, ...]:
+    """Names of what a model of this configuration returns, in that order."""
+    return LOSS_NAMES if config.fusion is None else XVLM_LOSS_NAMES
+
+
+def trained_losses(config: ModelConfig, regions: bool = False) -> tuple[str, ...]:
+    """Names, of `loss_names`, that mean something for a model of this configuration, with or without region batches."""
     trained = {
         "loss": True,
         "itc": config.learns("itc"),
@@ -237,8 +268,16 @@ def trained_losses(config: ModelConfig) -> tuple[str, ...]:
         "tgmim": config.num_masked > 0,
         "local": config.local_weight > 0,
         "mask_overlap": config.selects,
+        "itm": config.learns("itm"),
+        "mlm": config.learns("mlm"),
+        "region_itc": regions and config.learns("itc"),
+        "region_itm": regions and config.learns("itm"),
+        "region_mlm": regions and config.learns("mlm"),
+        "l1": regions and config.learns("bbox"),
+        "giou": regions and config.learns("bbox"),
+        "matched": config.learns("itm"),
     }
-    return tuple(name for name in LOSS_NAMES if trained[name])
+    return tuple(name for name in loss_names(config) if trained[name])
 
 
 def _finite(value) -> float | None:

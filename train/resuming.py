@@ -34,7 +34,11 @@ def reshaped(config: Any, batch: int, world: int, asked: int | None) -> Any:
     if rest or not micro_batch or not parts:
         pieces = f"{parts} part(s)" if asked is None else f"micro batches of {asked}"
         raise ConfigError(f"--reshape: {world} rank(s) cannot share a train_batch_size of {batch} in {pieces}")
-    return replace(config, train=replace(train, micro_batch=micro_batch, accumulation=parts))
+    boxes = train.region_batch * (batch // (train.micro_batch * train.accumulation))
+    region_batch, rest = divmod(boxes, world)
+    if rest:
+        raise ConfigError(f"--reshape: {world} rank(s) cannot share {boxes} texts with boxes")
+    return replace(config, train=replace(train, micro_batch=micro_batch, region_batch=region_batch, accumulation=parts))
 
 
 def check_resumed(before: Any, after: Any, fixed: Callable[[str], bool]) -> None:

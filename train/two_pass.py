@@ -20,6 +20,7 @@ from sycoca.images import normalise
 from sycoca.masking import StepPlan
 from sycoca.model import Batch
 from sycoca.two_pass import first_pass
+from sycoca.xvlm import XBatch
 
 
 class Taken(NamedTuple):
@@ -34,7 +35,9 @@ class Taken(NamedTuple):
     own: list[Tensor]
 
 
-def take_step(engine: Any, parts: Sequence[Batch], plan: StepPlan, spread: Spread, device: torch.device) -> Taken:
+def take_step(
+    engine: Any, parts: Sequence[Batch | XBatch], plan: StepPlan, spread: Spread, device: torch.device
+) -> Taken:
     """Trains on this rank's share of a global batch. All ranks call it, with equally many parts.
 
     Args:
@@ -68,7 +71,15 @@ def _own(values: Tensor) -> Tensor:
     return values[2:]
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch | XBatch, device: torch.device) -> Batch | XBatch:
     """The batch on a device; pictures (B, H, W, 3) uint8 become images there, a quarter of the bytes on the way."""
-    moved = Batch(*(None if x is None else x.to(device, non_blocking=True) for x in batch))
-    return moved._replace(images=normalise(moved.images)) if moved.images.dtype == torch.uint8 else moved
+    parts = (_moved(x, device) for x in batch)
+    moved = batch._make(parts)
+    images = getattr(moved, "images", None)
+    return moved if images is None or images.dtype != torch.uint8 else moved._replace(images=normalise(images))
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    if isinstance(x, Tensor):
+        return x.to(device, non_blocking=True)
+    return None if x is None else to_device(x, device)

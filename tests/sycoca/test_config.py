@@ -16,8 +16,8 @@ from sycoca.config import (
     from_dict,
     to_dict,
 )
-from sycoca.model import SyCoCa
 from sycoca.presets import MODEL_PRESETS, PRESET_PARAMETERS
+from sycoca.xvlm import build_model
 
 
 def changed(path: str, value) -> dict:
@@ -58,7 +58,7 @@ def test_round_trip(name):
         ("objectives", ["itc", "itc"], "objectives: each may be named once"),
         ("objectives", [], "objectives: name at least one"),
         ("embed_dim", 0, "embed_dim: must be positive"),
-        ("objectives", ["itc", "itm"], "objectives: 'itm' needs model.fusion, the fusion encoder"),
+        ("objectives", ["itc", "itm"], "objectives: 'itm' needs the fusion encoder; model.fusion is none"),
         ("text.kind", "bidirectional", "objectives: 'ic' predicts the next word, which needs text.kind 'causal'"),
         ("text.kind", "bidirektional", "text.kind: 'bidirektional' is none of causal, bidirectional; did you mean"),
         ("text.mask_id", 512, "text.mask_id: 512 is outside the vocabulary"),
@@ -112,7 +112,7 @@ def test_whole_blocks_are_masked(ratio, block, expected):
 @pytest.mark.parametrize("name", MODEL_PRESETS)
 def test_parameter_counts(name):
     with torch.device("meta"):
-        model = SyCoCa(MODEL_PRESETS[name])
+        model = build_model(MODEL_PRESETS[name])
     total = sum(p.numel() for p in model.parameters())
     extra = sum(p.numel() for part in (model.image_decoder, model.local) if part is not None for p in part.parameters())
     assert (total, total - extra) == PRESET_PARAMETERS[name]

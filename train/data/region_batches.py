@@ -4,7 +4,8 @@
     pack k         positions k m ... (k + 1) m - 1 of the epoch, image after image until p elements are there
     image          its whole-image caption, where one is drawn, then boxes in random order, at most `max_regions` in all
     too few        stand-ins: mix(seed, e, k, attempt) mod n, images that the global batch does not have yet
-    id             a hash of the text in plain words, so that equal texts are positives of each other
+    id             a hash of the text in plain words, or of the attribute `kind` where a source says what a box
+                   shows, so that what says the same is a positive of each other
 
 m is p over the mean number of elements of an image. No element is taken twice to fill a batch; an image that gives no
 element is in none. Everything is a function of (seed, epoch, pack), whatever the number of ranks and workers.
@@ -61,10 +62,11 @@ class LoadedRegions(NamedTuple):
 
 
 class Element(NamedTuple):
-    """A text and its box, (cx, cy, w, h) in 0..1 of the picture; None for the whole image."""
+    """A text, its box, (cx, cy, w, h) in 0..1 of the picture, None for the whole image, and what it says."""
 
     text: str
     box: tuple[float, float, float, float] | None
+    kind: str
 
 
 class _Seen(NamedTuple):
@@ -128,7 +130,7 @@ class _Elements(Maker):
             cells(boxes, self.form.grid),
             torch.tensor([row for row, _, _ in elements]),
             torch.tensor([e.box is not None for _, _, e in elements]),
-            torch.tensor([text_id(text) for text in texts]),
+            torch.tensor([text_id(e.kind) for _, _, e in elements]),
             torch.tensor(seeds),
             tuple(seen.key for seen in images),
             epoch,
@@ -191,11 +193,11 @@ class _Elements(Maker):
             crop=form.crop,
             flip=form.flip,
         )
-        elements = [Element(caption, None)] if caption is not None else []
+        elements = [Element(caption, None, caption)] if caption is not None else []
         for i in order:
             box = seen_box(regions[i].box, view, width, height)
             if box is not None and len(elements) < form.max_regions:
-                elements.append(Element(said[i], box))
+                elements.append(Element(said[i], box, region_kind(regions[i], said[i])))
         picture = resized_crop(sample.image, view.crop, form.image_size)
         return _Seen(picture[:, ::-1] if view.mirrored else picture, elements, sample.key, number)
 
@@ -211,6 +213,11 @@ class _Elements(Maker):
         if not found:
             raise BadSample("no region can be used" if sample.regions else "image without a region", sample.key)
         return list(found.values())
+
+
+def region_kind(region: Region, text: str) -> str:
+    """What tells apart texts that do not match the same boxes: the kind of thing where the source names it."""
+    return (region.attributes or {}).get("kind") or text
 
 
 def _said(region: Region, draw: float) -> str:

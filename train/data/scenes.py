@@ -197,7 +197,8 @@ class Scenes(Source):
         for i, (thing, figure) in enumerate(zip(scene.things, scene.figures)):
             described = i < scene.described
             phrase = said[0][1][i] if described else f"a {thing.size} {thing.color} {thing.shape}"
-            attributes = {**thing._asdict(), "described": described}
+            kind = f"{thing.color} {thing.shape}"
+            attributes = {**thing._asdict(), "described": described, "kind": kind}
             box = figure_box(figure, self.image_size)
             regions.append(Region(phrase, box, 0 if described else -1, attributes))
         return Sample(

@@ -1,0 +1,321 @@
+"""X-VLM: texts aligned with images and with boxes of them (arXiv 2111.08276), over the encoders of SyCoCa.
+
+    L = L_image + w_region L_region
+    L_image  = SyCoCa's terms + w_itm L_ITM + w_mlm L_MLM
+    L_region = w_itc L_ITC + w_itm L_ITM + w_mlm L_MLM + w_l1 L_L1 + w_giou L_GIoU
+
+ITC, ITM and MLM of a region batch see a box as the image batch sees a whole image. The box of a text is regressed from
+the whole image, which hides nothing. Negatives of ITM are drawn from a rank's own batch; all other counts are those of
+the process group, as everywhere in this package.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import box_loss, sample_hard_negatives
+from sycoca.config import ModelConfig
+from sycoca.contrast import Spread, contrastive_loss, send_captions
+from sycoca.fusion import FusionEncoder, PairHead, Seen, Tables, WordHead
+from sycoca.losses import global_counts
+from sycoca.masking import StepPlan, hash_tensor
+from sycoca.mlm import MaskedWords
+from sycoca.model import Batch, ImageFeatures, SyCoCa, TextFeatures, _unit
+from sycoca.region_vision import encode_regions, whole_images
+from sycoca.regions import RegionBatch
+
+__all__ = ["Views", "XBatch", "XLosses", "XVLM", "build_model"]
+
+
+class XBatch(NamedTuple):
+    """What one rank trains on in one step.
+
+    Attributes:
+        pairs: whole images and captions.
+        regions: texts and boxes, or None.
+        masked: the captions of `pairs` with hidden words, or None.
+        masked_regions: the texts of `regions` with hidden words, or None.
+    """
+
+    pairs: Batch
+    regions: RegionBatch | None = None
+    masked: MaskedWords | None = None
+    masked_regions: MaskedWords | None = None
+
+
+class Views(NamedTuple):
+    """Images or boxes as the fusion encoder sees them.
+
+    Attributes:
+        tables: keys and values of all image tokens, (R, 2 D) for each block.
+        seen: rows of each of the N images or boxes.
+    """
+
+    tables: Tables
+    seen: Seen
+
+
+class RegionFeatures(NamedTuple):
+    """A batch of encoded boxes.
+
+    Attributes:
+        features: (E, D) fp32, unit rows.
+        boxes: E views of what is in each box.
+        images: N views of the whole images.
+    """
+
+    features: Tensor
+    boxes: Views
+    images: Views
+
+
+class XLosses(NamedTuple):
+    """Losses of a step, each () fp32; their mean over the ranks is the loss of the global batch.
+
+    Attributes:
+        total: weighted sum, to be differentiated.
+        itc, caption, tgmim, local, mask_overlap: as in `sycoca.model.Losses`, of the image batch.
+        itm, mlm: of the image batch.
+        region_itc, region_itm, region_mlm, l1, giou: of the region batch.
+        matched: balanced accuracy of ITM over image and region batch, 0..1.
+    """
+
+    total: Tensor
+    itc: Tensor
+    caption: Tensor
+    tgmim: Tensor
+    local: Tensor
+    mask_overlap: Tensor
+    itm: Tensor
+    mlm: Tensor
+    region_itc: Tensor
+    region_itm: Tensor
+    region_mlm: Tensor
+    l1: Tensor
+    giou: Tensor
+    matched: Tensor
+
+
+class _Fused(NamedTuple):
+    """Sums of this rank over E texts and their images or boxes."""
+
+    itm: Tensor
+    mlm: Tensor
+    matched: Tensor
+
+
+class XVLM(SyCoCa):
+    """The model of a configuration with `fusion`, parts that no objective needs left out.
+
+    Args:
+        config: sizes, objectives, losses.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        width = config.text.width
+        self.fusion = FusionEncoder(config) if config.fuses else None
+        self.itm_head = PairHead(width, 2) if config.learns("itm") else None
+        self.box_head = PairHead(width, 4) if config.learns("bbox") else None
+        self.word_head = WordHead(width) if config.learns("mlm") else None
+
+    def forward(
+        self,
+        batch: XBatch,
+        plan: StepPlan,
+        group: dist.ProcessGroup | None = None,
+        shares: Sequence[int] | None = None,
+        *,
+        schedule: str = "gather",
+    ) -> XLosses:
+        """Losses of this rank's share of a global batch; arguments as of `SyCoCa.forward`.
+
+        With `shares`, every rank has as many texts with boxes as this one.
+        """
+        spread = Spread(group, shares, schedule)
+        weight = self.config.loss
+        pairs, regions = batch.pairs, batch.regions
+        base, image, text = self._pretrain(pairs, plan, spread, None)
+        counts = self._counts(batch, group)
+        zero = torch.zeros((), device=pairs.images.device)
+        total, matched = base.total, []
+        image_terms = region_terms = _Fused(zero, zero, zero)
+        region_itc = l1 = giou = zero
+        if self.learns_pairs:
+            views = self.view_images(image)
+            image_terms = self._fused(image.features, views, text, batch.masked, pairs.ids, pairs.seeds, counts[:2])
+            total = total + weight.itm_weight * image_terms.itm + weight.mlm_weight * image_terms.mlm
+            matched.append(image_terms.matched)
+        if regions is not None:
+            text = self.encode_text(regions.tokens)
+            seen = self.encode_regions(regions.images, regions.rects, regions.image_index)
+            if self.config.learns("itc"):
+                region_itc = self._region_itc(seen.features, text, regions, spread)
+            if self.learns_pairs:
+                arguments = text, batch.masked_regions, regions.ids, regions.seeds, counts[2:4]
+                region_terms = self._fused(seen.features, seen.boxes, *arguments)
+                matched.append(region_terms.matched)
+            if self.box_head is not None:
+                l1, giou = self._box_terms(seen, text, regions, counts[4])
+            part = weight.itc_weight * region_itc + weight.itm_weight * region_terms.itm
+            part = part + weight.mlm_weight * region_terms.mlm + weight.l1_weight * l1 + weight.giou_weight * giou
+            total = total + weight.region_weight * part
+        matched = torch.stack(matched).mean() if matched else zero
+        terms = image_terms.itm, image_terms.mlm, region_itc, region_terms.itm, region_terms.mlm, l1, giou, matched
+        return XLosses(total, *base[1:], *terms)
+
+    @property
+    def learns_pairs(self) -> bool:
+        """Whether texts are fused with their images outside of box regression."""
+        return self.itm_head is not None or self.word_head is not None
+
+    def encode_regions(self, images: Tensor, rects: Tensor, image_index: Tensor) -> RegionFeatures:
+        """Features of boxes and, for the fusion encoder, of what is in them and of the whole images.
+
+        Args:
+            images: (N, 3, H, W) fp32, normalised.
+            rects: (E, 4) int32 cells [col0, row0, col1, row1), from `sycoca.regions.cells`.
+            image_index: (E,) int64, the image of each.
+        """
+        encoded = encode_regions(self.vision, self.config.vision, images, rects, image_index)
+        features = _unit(self.image_projection(encoded.tokens.rows.index_select(0, encoded.boxes.index[:, 0])))
+        tables = self.fusion.look_up(encoded.tokens) if self.fusion is not None else ()
+        return RegionFeatures(features, Views(tables, encoded.boxes), Views(tables, encoded.images))
+
+    def view_images(self, image: ImageFeatures) -> Views:
+        """Encoded images as the fusion encoder sees them; their keys and values can be kept and looked up again."""
+        first = self.pooler(image.cls, image.patches).image
+        tokens, seen = whole_images(first, image.patches)
+        return Views(self._fusion().look_up(tokens), seen)
+
+    def match(self, text: TextFeatures, views: Views) -> Tensor:
+        """Logits (B, 2) fp32 of "does not match" and "matches" for B texts, each with its view."""
+        if self.itm_head is None:
+            raise ValueError("match: the model was built without the objective 'itm'")
+        return self.itm_head(self._first(text, views)).float()
+
+    def locate(self, text: TextFeatures, views: Views) -> Tensor:
+        """Boxes (B, 4) fp32, (cx, cy, w, h) in 0..1, of what B texts describe in the whole images of their views."""
+        if self.box_head is None:
+            raise ValueError("locate: the model was built without the objective 'bbox'")
+        return self.box_head(self._first(text, views)).float().sigmoid()
+
+    def _first(self, text: TextFeatures, views: Views) -> Tensor:
+        asking = torch.zeros(len(text.words), 1, dtype=torch.int64, device=text.words.device)
+        valid = text.valid | (torch.arange(text.valid.shape[1], device=asking.device) == 0)
+        return self._fusion()(text.words, valid, views.tables, views.seen, asking).squeeze(1)
+
+    def _fusion(self) -> FusionEncoder:
+        if self.fusion is None:
+            raise ValueError("fusion: the model was built without 'itm', 'mlm' and 'bbox'")
+        return self.fusion
+
+    def _counts(self, batch: XBatch, group: dist.ProcessGroup | None) -> Tensor:
+        """What every loss is divided by, (5,): pairs and hidden words of images, those of regions, boxes."""
+        device = batch.pairs.images.device
+        parts = [torch.zeros((), dtype=torch.int64, device=device)] * 5
+        if self.itm_head is not None:
+            parts[0] = _num_matches(len(batch.pairs.images), batch.pairs.ids, device)
+        if batch.masked is not None:
+            parts[1] = (batch.masked.labels >= 0).sum()
+        if batch.regions is not None:
+            parts[2] = _num_matches(len(batch.regions.ids), batch.regions.ids, device)
+            parts[4] = batch.regions.has_box.sum()
+        if batch.masked_regions is not None:
+            parts[3] = (batch.masked_regions.labels >= 0).sum()
+        counts, world_size = global_counts(torch.stack(parts), group)
+        return counts.clamp(min=1) / world_size
+
+    def _region_itc(
+        self,
+        boxes: Tensor,
+        text: TextFeatures,
+        regions: RegionBatch,
+        spread: Spread,
+    ) -> Tensor:
+        if spread.shares is not None:
+            spread = spread._replace(shares=[len(boxes)] * len(spread.shares))
+        texts = send_captions(text.features, regions.ids, spread)
+        smoothing = self.config.loss.label_smoothing
+        return contrastive_loss(boxes, texts, self.logit_scale(), regions.ids, spread, smoothing)
+
+    def _fused(
+        self,
+        features: Tensor,
+        views: Views,
+        text: TextFeatures,
+        masked: MaskedWords | None,
+        ids: Tensor | None,
+        seeds: Tensor,
+        counts: Tensor,
+    ) -> _Fused:
+        """ITM and MLM of E texts and their images or boxes."""
+        itm = mlm = matched = torch.zeros((), device=features.device)
+        if self.itm_head is not None:
+            itm, matched = self._itm(features, views, text, ids, seeds)
+            itm = itm / counts[0]
+        if self.word_head is not None and masked is not None:
+            mlm = self._mlm(masked, views) / counts[1]
+        return _Fused(itm, mlm, matched)
+
+    def _itm(
+        self, features: Tensor, views: Views, text: TextFeatures, ids: Tensor | None, seeds: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Summed loss of up to 3 E pairs, and the balanced accuracy over them."""
+        own = torch.arange(len(features), device=features.device)
+        seed = hash_tensor(seeds[:1])
+        other_image, other_text = sample_hard_negatives(
+            features.detach(), text.features.detach(), self.logit_scale().detach(), ids=ids, seed=seed
+        )
+        texts = torch.cat([own, own, other_text.clamp(min=0)])
+        images = torch.cat([own, other_image.clamp(min=0), own])
+        logits = self.match(_rows(text, texts), Views(views.tables, views.seen.of(images)))
+        label = torch.arange(3, device=own.device).repeat_interleave(len(own)) == 0
+        counted = torch.cat([own >= 0, other_image >= 0, other_text >= 0])
+        loss = F.cross_entropy(logits, label.long(), reduction="none")
+        right = (logits.argmax(1) == label.long()) & counted
+        sides = [(right & side).sum() / (counted & side).sum().clamp(min=1) for side in (label, ~label)]
+        return torch.where(counted, loss, 0.0).sum(), torch.stack(sides).mean()
+
+    def _mlm(self, masked: MaskedWords, views: Views) -> Tensor:
+        encoded = self.text(masked.tokens)
+        states = self.fusion(encoded.words, encoded.valid, views.tables, views.seen, masked.positions)
+        states = self.word_head(states.flatten(0, 1))
+        return self.text.sequence.tokens(states=states, labels=masked.labels.flatten())
+
+    def _box_terms(
+        self, seen: RegionFeatures, text: TextFeatures, regions: RegionBatch, count: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        index, boxes, valid = regions.image_index, regions.boxes, regions.has_box
+        if valid.device.type == "cpu":
+            # Captions of whole images, the longest texts, are not asked for boxes.
+            asked = _one_at_least(valid.nonzero().squeeze(1))
+            text, index, boxes, valid = _rows(text, asked), index[asked], boxes[asked], valid[asked]
+        found = self.locate(text, Views(seen.images.tables, seen.images.seen.of(index)))
+        l1, giou = box_loss(found, boxes, valid, reduction="sum")
+        return l1 / count, giou / count
+
+
+def build_model(config: ModelConfig) -> SyCoCa:
+    """The model of a configuration: X-VLM where it has a fusion encoder or boxes, else SyCoCa."""
+    return SyCoCa(config) if config.fusion is None else XVLM(config)
+
+
+def _one_at_least(chosen: Tensor) -> Tensor:
+    # Ranks that share parameters make the same calls: an empty choice is the first row, which then counts for nothing.
+    return chosen if len(chosen) else chosen.new_zeros(1)
+
+
+def _rows(text: TextFeatures, chosen: Tensor) -> TextFeatures:
+    return TextFeatures(*(part[chosen] for part in text))
+
+
+def _num_matches(count: int, ids: Tensor | None, device: torch.device) -> Tensor:
+    """Pairs of ITM () int64: all that match, and twice as many where a rank's batch holds a second id."""
+    if ids is None:
+        return torch.full((), count + 2 * count * (count > 1), dtype=torch.int64, device=device)
+    return count + 2 * count * (ids != ids[:1]).any()
