@@ -6,6 +6,7 @@
 Each parameter is used only inside the forward of the module that owns it, as sharded training requires.
 """
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -227,14 +228,17 @@ class LogitScale(nn.Module):
 
 
 def position_table(grid: tuple[int, int], width: int) -> Tensor:
-    """Initial positions (P, width) of a patch grid: sines and cosines of row and column (MAE's, halved).
+    """Initial positions (P, width) of a patch grid: sines and cosines of row and column.
 
-    Neighbours begin alike, which a short run would else spend its first half learning.
+    Wavelengths run from three patches to twice the longer side, so that every column tells patches apart; fixed ones,
+    made for long sequences, leave most columns of a small grid constant, and what lies where is learned late or never.
     """
-    rates = 10_000.0 ** -(torch.arange(-(-width // 4)) / (width / 4))
+    bands = -(-width // 4)
+    shortest, longest = 3.0, 2.0 * max(*grid, 2)
+    rates = 2 * math.pi / shortest * (shortest / longest) ** (torch.arange(bands) / max(1, bands - 1))
     rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
     angles = [axis.reshape(-1, 1) * rates for axis in (rows, cols)]
-    return 0.5 * torch.cat([wave(a) for a in angles for wave in (torch.sin, torch.cos)], dim=1)[:, :width]
+    return torch.cat([wave(a) for a in angles for wave in (torch.sin, torch.cos)], dim=1)[:, :width]
 
 
 def run_block(block: nn.Module, *args: Tensor | Packing | None, recompute: str) -> Tensor:

@@ -96,7 +96,7 @@ def parse(argv: list[str]) -> Evaluation:
     elif args.task == "vqa" and args.data.partition("?")[0] == "scenes":
         train = open_source("vqa", args.data, "train", image_size=size)
     out = args.out or folder
-    check_writable(out)
+    check_writable(out, "--out" if args.out else "--model")
     return Evaluation(args.task, folder, args.data, args.split, out, options, facts, source, train)
 
 

@@ -144,11 +144,13 @@ def forget_start(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def check_writable(run_dir: Path) -> None:
-    """Raises ConfigError where the folder of the run cannot be made or written."""
-    with _refusals("--run-dir", run_dir):
-        parent = run_dir
+def check_writable(folder: Path, option: str = "--run-dir") -> None:
+    """Raises ConfigError where a folder that an option names cannot be made or written."""
+    with _refusals(option, folder):
+        parent = folder
         while not parent.exists():
             parent = parent.parent
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise ConfigError(f"--run-dir {run_dir}: no permission to write in {parent.resolve()}")
+        if not parent.is_dir():
+            raise ConfigError(f"{option} {folder}: {parent} is a file")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise ConfigError(f"{option} {folder}: no permission to write in {parent.resolve()}")

@@ -87,6 +87,10 @@ def judge(
             candidates = ()
             if method == "rank":
                 candidates = vqa.frequent_answers(train or source, options.ranked, _ANSWER_IMAGES)
+                if not candidates:
+                    raise ValueError(
+                        f"vqa: '{source.name}' has no answers to rank; give vqa=generate, or a model fine-tuned for vqa"
+                    )
             how |= {"method": method, "head": head, "candidates": candidates}
             outcome = vqa.evaluate(model, tokenizer, source, **how)
     return Judged(outcome, skipped, time.perf_counter() - started)

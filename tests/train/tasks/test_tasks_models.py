@@ -23,6 +23,7 @@ from train.tasks.linear_probe import STRENGTHS, fit_probe
 from train.tasks.objectives import AnswerChoosing, AnswerWriting, Contrast, Labelling, Writing
 from train.tasks.options import TaskOptions
 from train.tasks.outcome import Example, Outcome
+from train.tasks.questions import Asked
 from train.tasks.report import chosen_examples, terminal_lines, write_results
 from train.tasks.rows import AnswerRows, CaptionRows, LabelRows, ReferenceRows, WrittenRows
 from train.tasks.scst import SelfCritical
@@ -153,6 +154,25 @@ def test_vqa_answers_in_three_ways(model, tokenizer):
         assert len(answers) == judged.outcome.figures["questions"] and {*answers[0]} == {"question_id", "answer"}
     assert all(entry["answer"] in names for entry in found["classify"].figures["answers"])
     assert any("none of the classifier's" in cause for cause in opened.skipped.counts())
+
+
+def test_questions_without_answers_leave_nothing_to_rank(model, tokenizer):
+    class Unanswered(Source):
+        name, skipped = "unanswered", Skipped()
+
+        def __len__(self):
+            return 1
+
+        def asked(self, index):
+            return (Asked("what is it?", (), "unknown", "7"),)
+
+        def image(self, index):
+            return source("vqa").image(index)
+
+    with pytest.raises(ValueError, match="no answers to rank; give vqa=generate"):
+        judge("vqa", model, tokenizer, Unanswered(), options=FEW, device=CPU, method="rank")
+    found = judge("vqa", model, tokenizer, Unanswered(), options=FEW, device=CPU, method="generate").outcome
+    assert found.figures["answers"][0]["question_id"] == 7 and not found.headline
 
 
 def test_zero_shot_equals_brute_force(model, tokenizer):
