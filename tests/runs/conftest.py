@@ -75,9 +75,12 @@ def main_job(command, checkout):
 
 
 @pytest.fixture(scope="session")
-def pretrained(main_job, tmp_path_factory) -> Path:
-    """The model that the main job left, out of reach of what other tests do to its run."""
-    return Path(shutil.copytree(main_job[0] / "model", tmp_path_factory.mktemp("pretrained") / "model"))
+def half_trained(main_job, command, tmp_path_factory) -> Path:
+    """The model of the main job's checkpoint in the middle."""
+    folder = tmp_path_factory.mktemp("half") / "model"
+    done = command(f"python -m train.export {main_job[0]} {folder} --step 360")
+    assert done.code == 0, done.err[-3000:]
+    return folder
 
 
 def free_port() -> int:

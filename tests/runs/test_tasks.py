@@ -1,7 +1,12 @@
-"""All tasks on the built-in scenes, as whole commands: fine-tuning improves on what pre-training left."""
+"""All tasks on the built-in scenes, as whole commands: fine-tuning improves on what pre-training left.
+
+It starts in the middle of pre-training, whose end leaves little that a few seconds could add (train/log.md).
+"""
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pytest
 
@@ -9,14 +14,25 @@ pytestmark = pytest.mark.run
 # Seconds of both cores that all tasks together may take.
 BAR_S = 90
 LEFT = ("before.json", "after.json", "after.html", "config.json", "metrics.jsonl", "model/model.safetensors")
-# Pre-training has settled cross-entropy on scenes; what is left to gain is the metric itself.
-MORE = {"captioning": "scst=true train.steps=30 limit=256 --data 'scenes?count=2000&fresh=false'"}
-JUDGED = {
-    "retrieval": ("mTR", "mIR"),
-    "captioning": ("CIDEr-D",),
-    "vqa": ("accuracy",),
-    "classification": ("top-1", "top-5"),
+
+
+class Bar(NamedTuple):
+    """A figure, and how much better it has to be after fine-tuning; several times what another seed changes."""
+
+    figure: str
+    gain: float
+
+
+TUNED = {
+    "retrieval limit=1000": (Bar("mTR", 0.01), Bar("mIR", 0.015)),
+    "captioning scst=true train.steps=30": (Bar("CIDEr-D", 0.1),),
+    "vqa": (Bar("accuracy", 0.25),),
+    "classification": (Bar("top-1", 0.12),),
 }
+
+
+def folder_of(command: str) -> str:
+    return "tuned-" + command.split()[0]
 
 
 def processor_s() -> float:
@@ -25,54 +41,55 @@ def processor_s() -> float:
     return (times.children_user + times.children_system) / 2
 
 
-@pytest.fixture(scope="module")
-def spent():
-    return []
+class Tasks(NamedTuple):
+    """What the commands left behind, and the seconds of two cores that they took."""
+
+    done: dict
+    again: object
+    seconds: float
 
 
 @pytest.fixture(scope="module")
-def tune(command, checkout, pretrained, spent):
-    def run(task: str, *more: str) -> tuple:
-        started = processor_s()
-        folder = checkout / "runs" / f"tuned-{task}"
+def tasks(command, checkout, half_trained) -> Tasks:
+    """Every fine-tuning, two at a time on a core each, and a tuned classifier judged again."""
+    one_core = {"OMP_NUM_THREADS": "1"}
+
+    def run(task: str):
         # As the README shows it; without the launcher a single process needs less time to start.
-        launcher = "deepspeed" if task == "retrieval" else "python"
-        done = command(
-            f"{launcher} train/finetune.py {task} --config ds_zero2.json --model {pretrained} --run-dir {folder} "
-            + " ".join(more)
-        )
-        spent.append(processor_s() - started)
-        assert done.code == 0, done.err[-3000:]
-        return folder, done
+        launcher = "deepspeed" if task.startswith("retrieval") else "python"
+        line = f"{launcher} train/finetune.py {task} --config ds_zero2.json --model {half_trained}"
+        return command(f"{line} --run-dir runs/{folder_of(task)}", env=one_core)
 
-    return run
+    started = processor_s()
+    with ThreadPoolExecutor(2) as pool:
+        done = dict(zip(TUNED, pool.map(run, TUNED), strict=True))
+    tuned = f"runs/{folder_of('classification')}"
+    again = command(f"python train/evaluate.py classification --model {tuned} limit=500", env=one_core)
+    return Tasks(done, again, processor_s() - started)
 
 
-@pytest.mark.parametrize("task", JUDGED)
-def test_fine_tuning_improves(task, tune):
-    folder, done = tune(task, MORE.get(task, ""))
+@pytest.mark.parametrize("task", TUNED)
+def test_fine_tuning_improves(task, tasks, checkout):
+    done, folder = tasks.done[task], checkout / "runs" / folder_of(task)
+    assert done.code == 0, done.err[-3000:]
+    assert "Traceback" not in done.err
+    print(done.out[-1500:])
     for name in LEFT:
         assert (folder / name).stat().st_size > 0, name
     before, after = (json.loads((folder / f"{name}.json").read_text())["headline"] for name in ("before", "after"))
-    print(done.out[-1500:])
-    assert sum(after[name] for name in JUDGED[task]) > sum(before[name] for name in JUDGED[task])
-    assert "Traceback" not in done.err and "best" in (folder / "after.html").read_text()
+    for figure, gain in TUNED[task]:
+        assert after[figure] >= before[figure] + gain, figure
+    page = (folder / "after.html").read_text()
+    assert all(f"<h2>{kind}</h2>" in page for kind in ("best", "median", "worst"))
 
 
-def test_zero_shot_and_a_tuned_classifier_are_judged_again(command, checkout, pretrained, spent):
-    started = processor_s()
-    done = command(f"python train/evaluate.py zeroshot --model {pretrained} --out {checkout}/runs/judged limit=500")
-    assert done.code == 0, done.err[-3000:]
-    found = json.loads((checkout / "runs" / "judged" / "zeroshot-scenes-val.json").read_text())
-    tuned = checkout / "runs" / "tuned-classification"
-    done = command(f"python train/evaluate.py classification --model {tuned} limit=500")
-    spent.append(processor_s() - started)
-    assert done.code == 0, done.err[-3000:]
-    again = json.loads((tuned / "classification-scenes-val.json").read_text())["results"]
-    before = json.loads((tuned / "after.json").read_text())["results"]
-    assert again["top-1"] == before["top-1"] > found["results"]["top-1"]
+def test_a_tuned_classifier_is_judged_again(tasks, checkout):
+    assert tasks.again.code == 0, tasks.again.err[-3000:]
+    tuned = checkout / "runs" / folder_of("classification")
+    again, after = (json.loads((tuned / f"{name}.json").read_text()) for name in ("classification-scenes-val", "after"))
+    assert again["results"]["per class"] == after["results"]["per class"]
 
 
-def test_all_of_it_stays_within_its_time(spent):
-    print([round(seconds, 1) for seconds in spent])
-    assert len(spent) == 5 and sum(spent) <= BAR_S
+def test_all_of_it_stays_within_its_time(tasks):
+    print(f"{tasks.seconds:.1f} s of two cores")
+    assert tasks.seconds <= BAR_S

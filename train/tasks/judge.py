@@ -11,8 +11,6 @@ from train.tasks.heads import Head
 from train.tasks.options import TaskOptions
 from train.tasks.outcome import Outcome
 
-_ANSWER_IMAGES = 2_000
-
 
 class Judged(NamedTuple):
     """What was found, what could not be used, and how long it took."""
@@ -86,7 +84,7 @@ def judge(
         case "vqa":
             candidates = ()
             if method == "rank":
-                candidates = vqa.frequent_answers(train or source, options.ranked, _ANSWER_IMAGES)
+                candidates = vqa.frequent_answers(train or source, options.ranked)
                 if not candidates:
                     raise ValueError(
                         f"vqa: '{source.name}' has no answers to rank; give vqa=generate, or a model fine-tuned for vqa"

@@ -81,14 +81,14 @@ class Tuning:
 
 # Learning rate, steps and batch on a CPU, where models are small and fresh from scratch; on a GPU rate and epochs.
 _CPU = {
-    "retrieval": (3e-4, 30, 128),
-    "captioning": (6e-4, 100, 32),
+    "retrieval": (1e-3, 100, 64),
+    "captioning": (1e-3, 60, 32),
     "vqa": (2e-3, 50, 32),
-    "classification": (3e-3, 100, 32),
+    "classification": (4e-3, 150, 32),
 }
 _GPU = {"retrieval": (1e-5, 5.0), "captioning": (1e-5, 5.0), "vqa": (2e-5, 10.0), "classification": (5e-5, 20.0)}
 # Of the learning rate: rewards are noisier than labels.
-_SCST_SHARE = 0.1
+_SCST_SHARE = 0.2
 
 
 def defaults(task: str, model: str, has_cuda: bool) -> FinetuneConfig:
@@ -104,7 +104,7 @@ def defaults(task: str, model: str, has_cuda: bool) -> FinetuneConfig:
         data, schedule = TuningData(), ScheduleConfig(name="linear", warmup_steps=10)
         optimizer = OptimizerConfig(lr=lr, weight_decay=0.05)
     # Ranking answers costs a forward pass for each of them.
-    options = TaskOptions() if has_cuda else TaskOptions(limit=24 if task == "vqa" else 500, beams=1, layer_decay=0.9)
+    options = TaskOptions() if has_cuda else TaskOptions(limit=24 if task == "vqa" else 500, beams=1, layer_decay=0.8)
     return FinetuneConfig(task, model, optimizer, schedule, data, train, options)
 
 

@@ -24,7 +24,7 @@ from train.tasks.outcome import rows_of
 from train.tasks.ptb import ptb_words
 from train.tasks.rows import ReferenceRows
 
-_FREQUENCY_IMAGES = 5_000
+_FREQUENCY_IMAGES = 2_000
 
 
 class SelfCritical(Objective):

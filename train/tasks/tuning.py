@@ -25,7 +25,6 @@ from train.tasks.rows import AnswerRows, CaptionRows, LabelRows, ReferenceRows, 
 from train.tasks.scst import SelfCritical, training_frequencies
 from train.tasks.vqa import frequent_answers
 
-_ANSWER_IMAGES = 20_000
 _BLOCK = re.compile(r"model\.vision\.blocks\.(\d+)\.")
 
 
@@ -87,7 +86,7 @@ def build_objective(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> 
     if config.task == "vqa" and options.vqa == "generate":
         return Plan(AnswerWriting(model), WrittenRows(tokenizer), source, ())
     if config.task == "vqa":
-        names = frequent_answers(source, options.answers, _ANSWER_IMAGES)
+        names = frequent_answers(source, options.answers)
         if not names:
             raise DataError(f"data.train={config.data.train}: no question has an answer")
         head = AnswerHead(model.config.text.width, len(names)).to(device)

@@ -20,12 +20,14 @@ from train.tasks.vqa_accuracy import normalised, vqa_accuracy
 
 # Least number of tokens that an answer may have.
 _ANSWER_ROOM = 4
+# Of a source without end, whose answers are soon all known.
+_GENERATED_IMAGES = 1_000
 
 
-def frequent_answers(source: Any, most: int, images: int) -> tuple[str, ...]:
-    """The most frequent normalised answers of a source, of the first `images` of them, the frequent ones first."""
+def frequent_answers(source: Any, most: int) -> tuple[str, ...]:
+    """The most frequent normalised answers of a source, or of the first images of a generated one."""
     counts: Counter = Counter()
-    for index in range(min(images, len(source))):
+    for index in range(min(len(source), _GENERATED_IMAGES) if source.fresh else len(source)):
         for asked in source.asked(index):
             counts.update(filter(None, map(normalised, asked.answers)))
     return tuple(answer for answer, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most])

@@ -131,4 +131,4 @@ def test_scst_is_gentler_unless_told_otherwise(place, monkeypatch):
         launch.parse([*argv, *more], script=script, has_cuda=False).config.optimizer.lr
         for more in ([], ["scst=true"], ["scst=true", "lr=0.25"])
     ]
-    assert rates[1] == pytest.approx(rates[0] / 10) and rates[2] == 0.25
+    assert rates[1] == pytest.approx(rates[0] / 5) and rates[2] == 0.25
