@@ -61,8 +61,9 @@ def import_deepspeed():
 def compile_blocks(model, backend: str = "inductor") -> None:
     """Compiles the forward of every block in place; call it between the making of the model and the engine's.
 
-    For ZeRO 1 and 2. Under 3, gathering whole blocks (DeepSpeed's leaf modules) is no way: they reduce a gradient once
-    per call, and both image passes call the same blocks.
+    Under ZeRO 3 the pieces between DeepSpeed's hooks, which gather the weights of each linear map, are compiled one by
+    one. Gathering whole blocks instead (its leaf modules) is no way: they reduce a gradient once per call, and both
+    image passes call the same blocks.
     """
     import torch
 

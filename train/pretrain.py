@@ -23,9 +23,6 @@ FINISHED = "stopped on request after the last step; --resume exports the model a
 
 def pretrain(launch: Launch) -> None:
     """Trains from the launch's checked configuration to its last step, then evaluates on held-out pairs."""
-    if launch.config.train.compile and launch.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3:
-        raise ConfigError("train.compile: compiled blocks are tested under ZeRO 1 and 2 only, not under 3")
-
     from train.engine import compile_blocks, import_deepspeed, quiet_environment, start_process_group
 
     quiet_environment(has_cuda())

@@ -90,7 +90,7 @@ def _compiled_under_zero(rank: int, world: int, stage: int) -> dict:
     return _under_zero(rank, world, stage, 14.0, {}, compiled=True, gradient_checkpointing=True)[0]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.full), 2, 3])
 def test_compiled_and_checkpointed_blocks_take_the_same_steps(stage):
     expected = _plain(scale=14.0)
     (found,) = run_ranks(_compiled_under_zero, 1, stage, timeout_s=120)
