@@ -247,8 +247,11 @@ def load_reshaped(engine: Any, run_dir: Path, step: int, *, trusted: bool = Fals
             shutil.rmtree(folder / _UNIVERSAL, ignore_errors=True)
 
 
-def resume(engine: Any, run_dir: Path, chosen: Chosen, *, tokenizer: str, trusted: bool = False) -> None:
+def resume(engine: Any, run_dir: Path, chosen: Chosen, *, tokenizer: str, trusted: bool = False) -> bool:
     """Brings an engine to where a run stood, on whatever ranks and ZeRO stage it has. All ranks call it.
+
+    Returns:
+        Whether the checkpoint was reshaped; what DeepSpeed's universal form leaves out is then still missing.
 
     Raises:
         CheckpointError: the vocabulary is another than the run's, or the checkpoint cannot be read.
@@ -257,8 +260,9 @@ def resume(engine: Any, run_dir: Path, chosen: Chosen, *, tokenizer: str, truste
         raise CheckpointError(f"{run_dir / 'tokenizer.json'}: is not the vocabulary that the run was trained with")
     if (chosen.ranks, chosen.stage) == (dist.get_world_size(), engine.zero_optimization_stage()):
         load_checkpoint(engine, run_dir, chosen.step)
-    else:
-        load_reshaped(engine, run_dir, chosen.step, trusted=trusted)
+        return False
+    load_reshaped(engine, run_dir, chosen.step, trusted=trusted)
+    return True
 
 
 class Saver:

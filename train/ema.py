@@ -13,7 +13,8 @@ import torch
 
 from train.checkpoint_files import read
 
-_KEY = "ema"
+KEY = "ema"
+_NONE = "the run kept no average of its weights; train.ema=0.999 keeps one"
 
 
 def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
@@ -29,13 +30,29 @@ def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 state = optimizer.state[p]
-                if _KEY not in state:
-                    state[_KEY] = p.detach().clone()
+                if KEY not in state:
+                    state[KEY] = p.detach().clone()
                     continue
                 step = torch.as_tensor(state.get("step", group.get("step", 0)), dtype=p.dtype, device=p.device)
-                state[_KEY].lerp_(p.detach(), (9 / (10 + step)).clamp(min=1 - decay).reshape(()))
+                state[KEY].lerp_(p.detach(), (9 / (10 + step)).clamp(min=1 - decay).reshape(()))
 
     optimizer.register_step_post_hook(average)
+
+
+def averages_without_zero(content: dict, names: list[str]) -> dict[str, torch.Tensor]:
+    """The averages by name, of DeepSpeed's file of a run without ZeRO.
+
+    Args:
+        content: of the file.
+        names: of the parameters, in the order in which the optimizer holds them.
+
+    Raises:
+        ValueError: the run kept no average.
+    """
+    states = (content.get("optimizer") or {}).get("state", {})
+    if len(states) != len(names) or any(KEY not in state for state in states.values()):
+        raise ValueError(_NONE)
+    return {name: states[number][KEY] for number, name in enumerate(names)}
 
 
 def average_in_place_of_weights(folder: Path, target: Path) -> None:
@@ -58,9 +75,9 @@ def average_in_place_of_weights(folder: Path, target: Path) -> None:
         flat = "fp32_flat_groups" if "fp32_flat_groups" in saved else "single_partition_of_fp32_groups"
         states = saved.get("base_optimizer_state") or saved["optimizer_state_dict"]
         states = states["state"] if isinstance(states, dict) else states
-        averages = [states[number].get(_KEY) for number in range(len(saved[flat]))]
+        averages = [states[number].get(KEY) for number in range(len(saved[flat]))]
         if any(average is None for average in averages):
-            raise ValueError(f"{folder}: the run kept no average of its weights; train.ema=0.999 keeps one")
+            raise ValueError(_NONE)
         # DeepSpeed saves some states with the padding that the weights are saved without.
         saved[flat] = [
             average.flatten()[: weights.numel()].view_as(weights)

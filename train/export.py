@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from sycoca.config import ConfigError
+from train.config import RunConfig
 from train.durable import faults
 from train.run_folder import checkpoint_steps, read_run_config
 
@@ -32,7 +33,8 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, allow_pickle: b
         ConfigError: no run, no such checkpoint, a damaged one, or none with an average.
         WeightsError: a checkpoint that cannot be read, or is of another architecture.
     """
-    config = read_run_config(run_dir).config.model
+    run = read_run_config(run_dir).config
+    config = run.model
     steps = checkpoint_steps(run_dir)
     if not steps:
         raise ConfigError(f"{run_dir}: holds no checkpoint")
@@ -48,28 +50,44 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, allow_pickle: b
     from sycoca.hub import build, read_tokenizer
 
     tokenizer = read_tokenizer(run_dir, config)
-    state = averaged(folder) if ema else consolidated(folder, allow_pickle=allow_pickle)
+    state = averaged(folder, run) if ema else consolidated(folder, allow_pickle=allow_pickle)
     build(state, config, tokenizer, source=str(folder)).save_pretrained(out)
     return step
 
 
-def averaged(folder: Path) -> dict:
-    """The averages of the parameters by name, put together from the shares of all ranks.
+def averaged(folder: Path, run: RunConfig) -> dict:
+    """The averages of the parameters by name, put together from the shares of all ranks; frozen ones as they are.
 
     Raises:
         ConfigError: the run kept none.
         WeightsError: as `consolidated`.
     """
-    from train.ema import average_in_place_of_weights
+    from train.checkpoint_files import read
+    from train.ema import average_in_place_of_weights, averages_without_zero
 
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".average-") as scratch:
-        try:
+    try:
+        if not any(folder.glob("*_optim_states.pt")):
+            content = read(next(folder.glob("*_model_states.pt")))
+            return {**consolidated(folder), **averages_without_zero(content, _names(run))}
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".average-") as scratch:
             average_in_place_of_weights(folder, Path(scratch) / folder.name)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        # The file is mapped into memory, and about to go.
-        found = consolidated(Path(scratch) / folder.name)
-        return {name: tensor.clone() for name, tensor in found.items()}
+            # The file is mapped into memory, and about to go.
+            return {name: tensor.clone() for name, tensor in consolidated(Path(scratch) / folder.name).items()}
+    except ValueError as error:
+        raise ConfigError(f"{folder}: {error}") from None
+
+
+def _names(run: RunConfig) -> list[str]:
+    """Names of the parameters in the order in which the optimizer of a run holds them."""
+    import torch
+
+    from sycoca.model import SyCoCa
+    from train.param_groups import pretraining_groups
+
+    with torch.device("meta"):
+        model = SyCoCa(run.model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for group in pretraining_groups(model, run) for p in group["params"]]
 
 
 def _folder(run_dir: Path, step: int) -> Path:

@@ -19,7 +19,7 @@ from train import deepspeed_json
 from train.command_line import Parser, apply_overrides, split_overrides
 from train.config import PRESETS, RunConfig, require_batch
 from train.data import DataError, Source, open_dataset
-from train.deepspeed_json import ZeroOptimization
+from train.deepspeed_json import DeepSpeedJson
 from train.initial import check_text, started_from
 from train.precedence import deepspeed_dict, settle, taken_over, with_batch
 from train.recipe import chosen, recipes
@@ -153,7 +153,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
         check_resumed(before, config, lambda key: key.startswith("model.") or key in _FIXED)
     config = replace(config, train=with_batch(config.train, {*overrides, *taken}, world))
     _check_groups(config, world)
-    _check_options(config, ds.zero_optimization, args.reshape)
+    _check_options(config, ds)
     train, val = _open(config, world)
     regions = _open_regions(config, train)
     check_end(config, config.train.total_steps(len(train), world), newest)
@@ -208,20 +208,16 @@ def _check_groups(config: RunConfig, world: int) -> None:
         )
 
 
-def _check_options(config: RunConfig, zero: ZeroOptimization, reshape: bool) -> None:
-    train = config.train
+def _check_options(config: RunConfig, ds: DeepSpeedJson) -> None:
+    train, zero = config.train, ds.zero_optimization
     if train.freeze and config.init is None:
         raise ConfigError(f"train.freeze={','.join(train.freeze)}: without --init that encoder would stay random")
-    if train.freeze and reshape:
-        raise ConfigError("--reshape: DeepSpeed's universal form leaves out what train.freeze has frozen")
     if train.ema is None:
         return
-    if zero.stage == 0:
-        raise ConfigError(f"train.ema={train.ema}: needs ZeRO stage 1, 2 or 3, whose states hold the average")
+    if zero.stage == 0 and any(section is not None and section.enabled is True for section in (ds.fp16, ds.bf16)):
+        raise ConfigError(f"train.ema={train.ema}: with fp16 or bf16 weights it needs ZeRO stage 1, 2 or 3")
     if zero.offload_optimizer is not None and zero.offload_optimizer.device == "nvme":
         raise ConfigError(f"train.ema={train.ema}: DeepSpeed would not move the average to the nvme device")
-    if reshape:
-        raise ConfigError(f"--reshape: DeepSpeed's universal form leaves out the average of train.ema={train.ema}")
 
 
 def _open(config: RunConfig, world: int) -> tuple[Source, Source]:

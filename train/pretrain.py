@@ -34,7 +34,8 @@ def pretrain(launch: Launch) -> None:
     from sycoca.masking import step_plan
     from sycoca.model import SyCoCa
     from train.alike import require_alike
-    from train.checkpoints import Saver, choose, prepare, resume, tokenizer_digest
+    from train.carried import carry_over
+    from train.checkpoints import Saver, choose, prepare, resume, tag, tokenizer_digest
     from train.ema import keep_average
     from train.export import export
     from train.health import Control, Skips, Spikes
@@ -73,11 +74,12 @@ def pretrain(launch: Launch) -> None:
         keep_average(optimizer, train.ema)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=launch.deepspeed)
     prepare(engine, trusted=launch.trusted)
-    if chosen:
-        resume(engine, run_dir, chosen, tokenizer=tokenizer_digest(run_dir), trusted=launch.trusted)
+    digest = tokenizer_digest(run_dir)
+    if chosen and resume(engine, run_dir, chosen, tokenizer=digest, trusted=launch.trusted):
+        carry_over(engine, run_dir / "checkpoints" / tag(chosen.step), config, trusted=launch.trusted)
 
     heartbeat, control = Heartbeat(train.timeout_s), Control()
-    skips, saver = Skips(engine), Saver(engine, run_dir, train, facts={"tokenizer": tokenizer_digest(run_dir)})
+    skips, saver = Skips(engine), Saver(engine, run_dir, train, facts={"tokenizer": digest})
     log = RunLog(
         run_dir,
         losses=trained_losses(config.model),

@@ -51,6 +51,8 @@ def convert(source: Path, target: Path, module: torch.nn.Module) -> None:
     optimizer = _optimizer_state(source, target / "zero" / "optimizer_state.pt")
     step = optimizer[OPTIMIZER_STATE_DICT]["state"][0]["step"]
     for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
         folder = target / "zero" / name
         torch.save(step, folder / "step.pt")
         for state in _STATES:

@@ -38,3 +38,17 @@ def test_the_whole_step_is_measured_beside_open_clip(command, checkout, tmp_path
 def test_a_step_refuses_what_is_no_checkout(command):
     done = command("python -m bench.step --against tests")
     assert done.code == 2 and done.err.strip().endswith("--against tests: no checkout of this project")
+
+
+@pytest.mark.full
+def test_memory_grows_with_the_micro_batch_and_not_with_the_batch(command, tmp_path):
+    done = command(
+        "python -m bench.two_pass --preset tiny --pairs 16 --times 1 16 --at-once 16 --rounds 1",
+        env={"BENCH_RESULTS": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.code == 0, done.err[-3000:]
+    one, parts, whole = map(json.loads, (tmp_path / "two_pass.jsonl").read_text().splitlines())
+    assert (one["B"], parts["B"], whole["B"]) == (16, 256, 256) and (parts["parts"], whole["parts"]) == (16, 1)
+    assert parts["peak_mib"] < 1.5 * one["peak_mib"] < 0.25 * whole["peak_mib"]
+    # The encoders run once more; smaller products and the first step's memory cost the rest.
+    assert parts["ms_per_pair"] < 2 * whole["ms_per_pair"]

@@ -30,6 +30,9 @@ ELSEWHERE: dict[str, str | None] = {
     # likewise
     "torchrun --nnodes 2 --node_rank 0 --nproc_per_node 8 --master_addr node1 --master_port 29500 train/pretrain.py"
     " --config ds_zero2.json --preset base_16 --data /shared/captions.tsv --run-dir /shared/runs/base": None,
+    # test_two_hosts_of_a_hostfile_train_together
+    "deepspeed --hostfile hosts --no_ssh --node_rank 0 --master_addr node1 train/pretrain.py --config ds_zero2.json"
+    " --preset base_16 --data /shared/captions.tsv --run-dir /shared/runs/base": None,
     # the next two: the script under a stand-in for SLURM, and one host of two, in tests/runs/test_two_hosts.py
     "sbatch --export=ALL,RUN=/shared/runs/base train/slurm.sh --config ds_zero2.json --preset base_16"
     " --data /shared/captions.tsv": None,

@@ -15,17 +15,30 @@ pytestmark = [pytest.mark.faults, pytest.mark.full]
 SCRIPT = Path(__file__).with_name("two_hosts.sh")
 
 
-def test_a_cut_cable_ends_both_hosts_and_one_goes_on_alone(tmp_path):
-    options = [option for option in SMALL if not option.startswith("--data")]
+def two_hosts(folder, *options: str, **environment: str):
+    """What the script said; the test is skipped, with the reason, where this machine permits no namespaces."""
+    path = f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
     done = subprocess.run(
-        [str(SCRIPT), str(tmp_path), "--data=scenes?count=64", *options],
-        env={"PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin", "OMP_NUM_THREADS": "1"},
+        [str(SCRIPT), str(folder), *SMALL, *options],
+        env={"PATH": path, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=240,
     )
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())
+    return done
+
+
+def test_two_hosts_of_a_hostfile_train_together(tmp_path):
+    done = two_hosts(tmp_path, "steps=2", HOSTFILE="1")
+    said = (tmp_path / "one.txt").read_text(errors="replace")
+    assert "one ended with 0, two with 0" in done.stdout, said[-2000:]
+    assert "2 rank(s)" in said and len(metric_rows(tmp_path / "run")) == 2
+
+
+def test_a_cut_cable_ends_both_hosts_and_one_goes_on_alone(tmp_path):
+    done = two_hosts(tmp_path)
     one, two, alone = ((tmp_path / f"{name}.txt").read_text(errors="replace") for name in ("one", "two", "alone"))
     ended = re.search(r"one ended with (\d+), two with (\d+), (\d+) s after the cut", done.stdout)
     assert ended, done.stdout + done.stderr

@@ -2,7 +2,8 @@
 # Two hosts on one machine: network namespaces joined by a pair of virtual cards. One rank on each trains over gloo,
 # the cable is cut in the middle of the run, and one host resumes alone.
 #
-#   two_hosts.sh FOLDER [key=value ...]      exit code 77: this machine does not permit namespaces
+#   two_hosts.sh FOLDER [key=value ...]               exit code 77: this machine does not permit namespaces
+#   HOSTFILE=1 two_hosts.sh FOLDER [key=value ...]    both start by DeepSpeed's hostfile and train to the end instead
 set -u
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
@@ -40,6 +41,22 @@ rank() {
 }
 
 cd "$root"
+if [ -n "${HOSTFILE:-}" ]; then
+  printf '10.77.0.1 slots=1\n10.77.0.2 slots=1\n' >"$folder/hosts"
+  launch() {
+    local host=$1 number=$2 card=$3
+    shift 3
+    ip netns exec $host env GLOO_SOCKET_IFNAME=$card deepspeed --hostfile "$folder/hosts" --no_ssh --node_rank $number \
+      --master_addr 10.77.0.1 train/pretrain.py --config ds_zero2.json --run-dir "$folder/run" "$@"
+  }
+  launch $one 0 one-$$ "$@" >"$folder/one.txt" 2>&1 &
+  first=$!
+  launch $two 1 two-$$ "$@" >"$folder/two.txt" 2>&1
+  code_two=$?
+  wait $first
+  echo "hostfile: one ended with $?, two with $code_two"
+  exit
+fi
 rank $one 0 2 one-$$ steps=100000 save_every=5 timeout_s=10 "$@" >"$folder/one.txt" 2>&1 &
 first=$!
 rank $two 1 2 two-$$ steps=100000 save_every=5 timeout_s=10 "$@" >"$folder/two.txt" 2>&1 &
