@@ -81,11 +81,11 @@ def _names(run: RunConfig) -> list[str]:
     """Names of the parameters in the order in which the optimizer of a run holds them."""
     import torch
 
-    from sycoca.model import SyCoCa
+    from sycoca.xvlm import build_model
     from train.param_groups import pretraining_groups
 
     with torch.device("meta"):
-        model = SyCoCa(run.model)
+        model = build_model(run.model)
     names = {id(p): name for name, p in model.named_parameters()}
     return [names[id(p)] for group in pretraining_groups(model, run) for p in group["params"]]
 
