@@ -45,6 +45,13 @@ def take(count, source, **options):
     return made
 
 
+def joined(pieces):
+    """One batch of several of the same place."""
+    (place,) = {(piece.epoch, piece.index) for piece in pieces}
+    tensors = (torch.cat(part) for part in zip(*(piece[:4] for piece in pieces)))
+    return type(pieces[0])(*tensors, sum((piece.keys for piece in pieces), ()), *place)
+
+
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a[:4], b[:4])) and a[4:] == b[4:]
 
@@ -68,6 +75,18 @@ def test_an_epoch_shows_every_sample_once():
         assert sorted(torch.cat([b.ids for b in epoch]).tolist()) == list(range(24))
     assert [(b.epoch, b.index) for b in made] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert not torch.equal(torch.cat([b.ids for b in made[:3]]), torch.cat([b.ids for b in made[3:]]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_parts_are_the_pieces_of_a_rank_s_share(workers):
+    source, options = Numbers(24), {"rank": 1, "world": 2, "start": 1}
+    whole = take(3, source, **options)
+    parts = take(6, source, parts=2, workers=workers, **options)
+    assert all(len(part.ids) == 2 for part in parts)
+    for batch, pieces in zip(whole, zip(parts[::2], parts[1::2]), strict=True):
+        assert same(batch, joined(pieces))
+    with pytest.raises(ValueError, match="parts 3 do not agree"):
+        take(1, source, parts=3, **options)
 
 
 def test_what_does_not_fill_a_batch_is_left_out():
