@@ -114,8 +114,8 @@ class RowsTile(NamedTuple):
 
 def select_tile(P: int, T: int, D: int, itemsize: int, hopper: bool) -> SelectTile:
     """Tile of `attentive_select`: no spills, and at least two programs share a multiprocessor."""
-    # fp32 products are not the tensor cores': beside the ranks of many patches a larger tile spills
-    p = 16 if P <= 16 else 32 if itemsize == 4 and P > 128 else 64
+    # fp32 products are not the tensor cores': beside the counts of ranks a larger tile spills
+    p = 16 if P <= 16 or itemsize == 4 else 64
     d = 32 if D <= 32 or itemsize == 4 else 64
     t = 32 if T <= 32 or itemsize == 4 else 128 if hopper else 64
     places = max(16, _power_of_2(P))

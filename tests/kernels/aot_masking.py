@@ -102,6 +102,7 @@ def select_cases(every):
     """(P, T, D, dtype, block, columns): all tiles that `tuning.select_tile` can choose, or the one of base_16."""
     yield 196, 77, 512, HALF, 2, 14
     yield 196, 77, 512, HALF, 1, 196
+    yield 196, 77, 512, FULL, 1, 196
     if every:
         for P, T, D, dtype in itertools.product((16, 32, 64, 128, 256, 512, 1024), (32, 77), (32, 64), (HALF, FULL)):
             yield P, T, D, dtype, 1, P
