@@ -68,10 +68,11 @@ def compile_blocks(model, backend: str = "inductor") -> None:
     import torch
 
     from sycoca.decoders import ImageDecoderLayer
+    from sycoca.fusion import FusionBlock
     from sycoca.layers import Block, CrossBlock
 
     for module in model.modules():
-        if isinstance(module, Block | CrossBlock | ImageDecoderLayer):
+        if isinstance(module, Block | CrossBlock | ImageDecoderLayer | FusionBlock):
             module.forward = torch.compile(module.forward, backend=backend)
         elif hasattr(module, "packs"):
             # The number of packed rows differs from batch to batch; compiled blocks want few shapes.

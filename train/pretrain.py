@@ -32,7 +32,7 @@ def pretrain(launch: Launch) -> None:
 
     from sycoca.contrast import Spread
     from sycoca.masking import step_plan
-    from sycoca.model import SyCoCa
+    from sycoca.xvlm import build_model
     from train.alike import require_alike
     from train.carried import carry_over
     from train.checkpoints import Saver, choose, prepare, resume, tag, tokenizer_digest
@@ -42,7 +42,7 @@ def pretrain(launch: Launch) -> None:
     from train.heartbeat import Heartbeat
     from train.initial import load_initial
     from train.inputs import hold_run_dir, open_inputs
-    from train.metrics import RunLog, Timing, trained_losses
+    from train.metrics import RunLog, Timing, loss_names, trained_losses
     from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
     from train.param_groups import pretraining_groups
     from train.signals import StopRequest
@@ -64,7 +64,7 @@ def pretrain(launch: Launch) -> None:
 
     torch.manual_seed(train.seed)
     # Whole, whatever is partitioned later: what `deepspeed.zero.Init` has partitioned, a parent no longer initialises.
-    model = SyCoCa(config.model)
+    model = build_model(config.model)
     anew = load_initial(model, config) if config.init and not chosen else []
     if train.compile:
         compile_blocks(model)
@@ -82,7 +82,8 @@ def pretrain(launch: Launch) -> None:
     skips, saver = Skips(engine), Saver(engine, run_dir, train, facts={"tokenizer": digest})
     log = RunLog(
         run_dir,
-        losses=trained_losses(config.model),
+        losses=trained_losses(config.model, regions=train.region_batch > 0),
+        names=loss_names(config.model),
         total_steps=inputs.total_steps,
         first_step=first_step,
         every=train.log_every,
@@ -151,7 +152,7 @@ def start_line(launch: Launch, model, inputs, world: int, chosen, anew: list[str
     lines = [
         f"{f'resuming at step {chosen.step}' if chosen else 'starting'}: {config.preset}, "
         f"{count / 1e6:.1f} M parameters, ZeRO {stage}, {world} rank(s), {train.precision}, "
-        f"batch {train.micro_batch} x {train.accumulation} x {world}, {inputs.total_steps} steps",
+        f"batch {_batch(train)} x {train.accumulation} x {world}, {inputs.total_steps} steps",
         f"data: {data.train}, {len(inputs.train)} samples, {len(inputs.val)} held out; run folder: {launch.run_dir}",
         *([f"weights: {config.init}; anew: {', '.join(anew) or 'nothing'}"] if config.init and not chosen else []),
         *launch.notes,
@@ -159,6 +160,10 @@ def start_line(launch: Launch, model, inputs, world: int, chosen, anew: list[str
         *filter(None, (inputs.train.skipped.line(), inputs.val.skipped.line())),
     ]
     return "\n".join(lines)
+
+
+def _batch(train) -> str:
+    return f"({train.micro_batch} + {train.region_batch} with boxes)" if train.region_batch else str(train.micro_batch)
 
 
 def evaluate_at_end(engine, launch: Launch, inputs, device, group) -> None:
@@ -176,7 +181,14 @@ def evaluate_at_end(engine, launch: Launch, inputs, device, group) -> None:
     writes = dist.get_rank() == 0
     try:
         figures = evaluate(
-            model, inputs.tokenizer, inputs.val, image_size=image_size, pairs=pairs, device=device, group=group
+            model,
+            inputs.tokenizer,
+            inputs.val,
+            image_size=image_size,
+            pairs=pairs,
+            device=device,
+            group=group,
+            train=launch.regions,
         )
     except ValueError as error:
         # The training is done and saved; an unreadable held-out part must not look like its failure.
@@ -198,12 +210,12 @@ def whole_model(engine, launch: Launch, device):
     """The trained model on every rank, outside ZeRO: under stage 3 a copy, else the engine's own. All ranks call it."""
     import deepspeed
 
-    from sycoca.model import SyCoCa
+    from sycoca.xvlm import build_model
 
     if not engine.zero_optimization_partition_weights():
         return engine.module
     # A rank that runs the partitioned model alone would wait for the others in every layer.
-    copy = SyCoCa(launch.config.model).to(device)
+    copy = build_model(launch.config.model).to(device)
     for (_, target), (_, source) in zip(copy.named_parameters(), engine.module.named_parameters(), strict=True):
         with deepspeed.zero.GatheredParameters([source]):
             target.data.copy_(source.data)
