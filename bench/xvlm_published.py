@@ -52,7 +52,7 @@ def published_region_losses(model: XVLM, regions: RegionBatch, masked: MaskedWor
     weight = config.loss
     total = weight.itc_weight * itc + weight.itm_weight * itm + weight.mlm_weight * mlm
     total = total + weight.l1_weight * l1 + weight.giou_weight * giou
-    return {"total": total, "region_itc": itc, "region_itm": itm, "region_mlm": mlm, "l1": l1, "giou": giou}
+    return {"total": total, "itc": itc, "itm": itm, "mlm": mlm, "l1": l1, "giou": giou}
 
 
 def _self_attention(attention, x: Tensor, valid: Tensor | None) -> Tensor:

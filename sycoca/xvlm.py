@@ -28,7 +28,10 @@ from sycoca.model import Batch, ImageFeatures, SyCoCa, TextFeatures, _unit
 from sycoca.region_vision import encode_regions, whole_images
 from sycoca.regions import RegionBatch
 
-__all__ = ["Views", "XBatch", "XLosses", "XVLM", "build_model"]
+__all__ = ["RegionLosses", "Views", "XBatch", "XLosses", "XVLM", "build_model"]
+
+
+_HERE = Spread()
 
 
 class XBatch(NamedTuple):
@@ -100,8 +103,20 @@ class XLosses(NamedTuple):
     matched: Tensor
 
 
+class RegionLosses(NamedTuple):
+    """Losses of a region batch, each () fp32; `total` is their weighted sum, `matched` as in `XLosses`."""
+
+    total: Tensor
+    itc: Tensor
+    itm: Tensor
+    mlm: Tensor
+    l1: Tensor
+    giou: Tensor
+    matched: Tensor
+
+
 class _Fused(NamedTuple):
-    """Sums of this rank over E texts and their images or boxes."""
+    """Terms of E texts and their images or boxes."""
 
     itm: Tensor
     mlm: Tensor
@@ -136,37 +151,58 @@ class XVLM(SyCoCa):
 
         With `shares`, every rank has as many texts with boxes as this one.
         """
-        spread = Spread(group, shares, schedule)
-        weight = self.config.loss
+        weight, spread = self.config.loss, Spread(group, shares, schedule)
         pairs, regions = batch.pairs, batch.regions
         base, image, text = self._pretrain(pairs, plan, spread, None)
-        counts = self._counts(batch, group)
+        found = [self._counts(len(pairs.images), pairs.ids, batch.masked, None, pairs.images.device)]
+        if regions is not None:
+            found.append(self._region_counts(regions, batch.masked_regions))
+        counts = _shares(torch.cat(found), spread)
         zero = torch.zeros((), device=pairs.images.device)
-        total, matched = base.total, []
-        image_terms = region_terms = _Fused(zero, zero, zero)
-        region_itc = l1 = giou = zero
+        terms, total, matched = _Fused(zero, zero, zero), base.total, []
         if self.learns_pairs:
             views = self.view_images(image)
-            image_terms = self._fused(image.features, views, text, batch.masked, pairs.ids, pairs.seeds, counts[:2])
-            total = total + weight.itm_weight * image_terms.itm + weight.mlm_weight * image_terms.mlm
-            matched.append(image_terms.matched)
+            terms = self._fused(image.features, views, text, batch.masked, pairs.ids, pairs.seeds, counts)
+            total = total + weight.itm_weight * terms.itm + weight.mlm_weight * terms.mlm
+            matched.append(terms.matched)
+        region = RegionLosses(*[zero] * len(RegionLosses._fields))
         if regions is not None:
-            text = self.encode_text(regions.tokens)
-            seen = self.encode_regions(regions.images, regions.rects, regions.image_index)
-            if self.config.learns("itc"):
-                region_itc = self._region_itc(seen.features, text, regions, spread)
-            if self.learns_pairs:
-                arguments = text, batch.masked_regions, regions.ids, regions.seeds, counts[2:4]
-                region_terms = self._fused(seen.features, seen.boxes, *arguments)
-                matched.append(region_terms.matched)
-            if self.box_head is not None:
-                l1, giou = self._box_terms(seen, text, regions, counts[4])
-            part = weight.itc_weight * region_itc + weight.itm_weight * region_terms.itm
-            part = part + weight.mlm_weight * region_terms.mlm + weight.l1_weight * l1 + weight.giou_weight * giou
-            total = total + weight.region_weight * part
-        matched = torch.stack(matched).mean() if matched else zero
-        terms = image_terms.itm, image_terms.mlm, region_itc, region_terms.itm, region_terms.mlm, l1, giou, matched
-        return XLosses(total, *base[1:], *terms)
+            region = self.region_losses(regions, batch.masked_regions, spread, counts[3:])
+            total = total + weight.region_weight * region.total
+            matched += [region.matched] if self.learns_pairs else []
+        accuracy = torch.stack(matched).mean() if matched else zero
+        return XLosses(total, *base[1:], terms.itm, terms.mlm, *region[1:-1], accuracy)
+
+    def region_losses(
+        self,
+        regions: RegionBatch,
+        masked: MaskedWords | None = None,
+        spread: Spread = _HERE,
+        counts: Tensor | None = None,
+    ) -> RegionLosses:
+        """Losses of this rank's share of a global region batch.
+
+        Args:
+            regions: tensors on one device.
+            masked: its texts with hidden words, where these are learned.
+            spread: over the ranks, which have equally many texts each where the shares of pairs are known.
+            counts: what `forward` has summed over the ranks already.
+        """
+        weight = self.config.loss
+        counts = _shares(self._region_counts(regions, masked), spread) if counts is None else counts
+        text = self.encode_text(regions.tokens)
+        seen = self.encode_regions(regions.images, regions.rects, regions.image_index)
+        itc = l1 = giou = zero = torch.zeros((), device=regions.images.device)
+        terms = _Fused(zero, zero, zero)
+        if self.config.learns("itc"):
+            itc = self._region_itc(seen.features, text, regions, spread)
+        if self.learns_pairs:
+            terms = self._fused(seen.features, seen.boxes, text, masked, regions.ids, regions.seeds, counts)
+        if self.box_head is not None:
+            l1, giou = self._box_terms(seen, text, regions, counts[2])
+        total = weight.itc_weight * itc + weight.itm_weight * terms.itm + weight.mlm_weight * terms.mlm
+        total = total + weight.l1_weight * l1 + weight.giou_weight * giou
+        return RegionLosses(total, itc, terms.itm, terms.mlm, l1, giou, terms.matched)
 
     @property
     def learns_pairs(self) -> bool:
@@ -214,21 +250,17 @@ class XVLM(SyCoCa):
             raise ValueError("fusion: the model was built without 'itm', 'mlm' and 'bbox'")
         return self.fusion
 
-    def _counts(self, batch: XBatch, group: dist.ProcessGroup | None) -> Tensor:
-        """What every loss is divided by, (5,): pairs and hidden words of images, those of regions, boxes."""
-        device = batch.pairs.images.device
-        parts = [torch.zeros((), dtype=torch.int64, device=device)] * 5
-        if self.itm_head is not None:
-            parts[0] = _num_matches(len(batch.pairs.images), batch.pairs.ids, device)
-        if batch.masked is not None:
-            parts[1] = (batch.masked.labels >= 0).sum()
-        if batch.regions is not None:
-            parts[2] = _num_matches(len(batch.regions.ids), batch.regions.ids, device)
-            parts[4] = batch.regions.has_box.sum()
-        if batch.masked_regions is not None:
-            parts[3] = (batch.masked_regions.labels >= 0).sum()
-        counts, world_size = global_counts(torch.stack(parts), group)
-        return counts.clamp(min=1) / world_size
+    def _counts(
+        self, count: int, ids: Tensor | None, masked: MaskedWords | None, boxes: Tensor | None, device: torch.device
+    ) -> Tensor:
+        """What this rank's losses count (3,) int64: pairs of ITM, hidden words, boxes."""
+        none = torch.zeros((), dtype=torch.int64, device=device)
+        matches = _num_matches(count, ids, device) if self.itm_head is not None else none
+        hidden = none if masked is None else (masked.labels >= 0).sum()
+        return torch.stack([matches, hidden, none if boxes is None else boxes.sum()])
+
+    def _region_counts(self, regions: RegionBatch, masked: MaskedWords | None) -> Tensor:
+        return self._counts(len(regions.ids), regions.ids, masked, regions.has_box, regions.images.device)
 
     def _region_itc(
         self,
@@ -303,6 +335,12 @@ class XVLM(SyCoCa):
 def build_model(config: ModelConfig) -> SyCoCa:
     """The model of a configuration: X-VLM where it has a fusion encoder or boxes, else SyCoCa."""
     return SyCoCa(config) if config.fusion is None else XVLM(config)
+
+
+def _shares(counts: Tensor, spread: Spread) -> Tensor:
+    """Counts by which the sums of each rank are divided, so that the mean over ranks is the global loss."""
+    counts, world_size = global_counts(counts, spread.group)
+    return counts.clamp(min=1) / world_size
 
 
 def _one_at_least(chosen: Tensor) -> Tensor:
