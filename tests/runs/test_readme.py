@@ -29,6 +29,7 @@ COMMANDS = {
         "train.steps=2", ""
     ),
     "deepspeed train/pretrain.py --config ds_zero2.json --resume --run-dir runs/tiny": "two steps more",
+    "deepspeed train/pretrain.py --config ds_zero2.json --preset xvlm_tiny": None,  # tests/runs/test_xvlm.py
     "python train/evaluate.py zeroshot": None,  # tests/runs/test_tasks.py
     "deepspeed train/finetune.py retrieval --config ds_zero2.json": None,  # tests/runs/test_tasks.py
     # the next five: tests/runs/test_docs.py
