@@ -120,8 +120,7 @@ class GridPlaces(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # As large as the normalised tokens.
-        self.pos = nn.Parameter(2 * position_table(config.vision.grid, config.vision.width))
+        self.pos = nn.Parameter(position_table(config.vision.grid, config.vision.width))
 
     def forward(self, tokens: ImageTokens) -> Tensor:
         return tokens.rows + F.pad(self.pos, (0, 0, 0, 1))[tokens.cells]
