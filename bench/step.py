@@ -181,6 +181,9 @@ def main() -> int:
     if options.preset not in MODEL_PRESETS:
         print(f"bench.step: --preset {options.preset}: known are {', '.join(MODEL_PRESETS)}", file=sys.stderr)
         return 2
+    if MODEL_PRESETS[options.preset].fusion is not None:
+        print(f"bench.step: --preset {options.preset}: X-VLM's step is that of bench.xvlm_step", file=sys.stderr)
+        return 2
     roots = {"": ROOT}
     names = [*OURS, "open_clip"]
     if options.against:

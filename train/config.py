@@ -112,7 +112,6 @@ class TrainConfig(Section):
 
     A checkpoint is written every `save_every` steps and every `save_minutes` minutes; the `keep_last` newest stay, and
     those whose step `keep_every` divides. A loss above `spike_factor` times the median of those before is told.
-    `region_batch` is the number of texts with boxes that a rank takes beside its pairs, in the same step.
     `compile` compiles the blocks, which takes minutes before the first step.
     `wandb` is the Weights & Biases project that gets the figures too.
     """
@@ -120,7 +119,6 @@ class TrainConfig(Section):
     steps: int | None = None
     epochs: float | None = None
     micro_batch: int = 256
-    region_batch: int = 0
     accumulation: int = 1
     global_batch: int | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -136,7 +134,7 @@ class TrainConfig(Section):
     wandb: str | None = None
 
     def __post_init__(self) -> None:
-        at_least(self, steps=1, micro_batch=1, region_batch=0, accumulation=1, global_batch=1)
+        at_least(self, steps=1, micro_batch=1, accumulation=1, global_batch=1)
         at_least(self, log_every=1, save_every=1, keep_last=1, keep_every=1)
         _finite(self, "epochs", "timeout_s", "save_minutes", "spike_factor")
         # What torch seeds with is 64 bits wide.
@@ -153,12 +151,14 @@ class TrainConfig(Section):
 class PretrainConfig(TrainConfig):
     """What pre-training adds.
 
+    `region_batch` is the number of texts with boxes that a rank takes beside its pairs, in the same step.
     `itc_schedule` is that of `kernels.fused_itc_loss`: `gather` holds all captions' features, `ring` those of one rank
     at a time. `freeze` names encoders that stay as they are (LiT, arXiv 2111.07991, freezes `vision`). `layer_decay` is
     the factor on the learning rate from each layer of an encoder to the one below. `ema` keeps an average of the
     weights, exported as `model_ema`; the value is its decay.
     """
 
+    region_batch: int = 0
     itc_schedule: Literal["gather", "ring"] = "gather"
     freeze: tuple[Literal["vision", "text"], ...] = ()
     layer_decay: float = 1.0
@@ -166,6 +166,7 @@ class PretrainConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least(self, region_batch=0)
         require(0 < self.layer_decay <= 1, f"layer_decay: {self.layer_decay}, needs to be above 0, at most 1")
         require(self.ema is None or 0 < self.ema < 1, f"ema: {self.ema}, needs to be in 0..1, both excluded")
         require(len(set(self.freeze)) == len(self.freeze), "freeze: each may be named once")
@@ -238,7 +239,7 @@ PRESETS: dict[str, RunConfig] = {
         optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.05),
         schedule=ScheduleConfig(name="wsd", warmup_steps=40, decay_share=0.3),
         data=DataConfig(workers=1, tokenizer="wordpiece", crop_scale=None, whole_share=0.0, region_crop=False),
-        train=TrainConfig(
+        train=PretrainConfig(
             steps=900,
             micro_batch=16,
             region_batch=64,
@@ -254,7 +255,7 @@ PRESETS: dict[str, RunConfig] = {
         optimizer=OptimizerConfig(lr=1e-4, eps=1e-8, weight_decay=0.01),
         schedule=ScheduleConfig(name="linear", warmup_steps=2500),
         data=DataConfig(tokenizer="wordpiece", crop_scale=(0.2, 1.0), flip=0.5),
-        train=TrainConfig(steps=200_000, micro_batch=128, region_batch=128),
+        train=PretrainConfig(steps=200_000, micro_batch=128, region_batch=128),
     ),
 }
 

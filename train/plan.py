@@ -168,6 +168,8 @@ def plan(preset: str, total: int, cluster: Cluster, *, micro: int | None, stage:
     """
     if preset not in MODEL_PRESETS:
         raise ConfigError(f"--preset {preset}: unknown{nearest(preset, MODEL_PRESETS)}")
+    if MODEL_PRESETS[preset].fusion is not None:
+        raise ConfigError(f"--preset {preset}: only SyCoCa and CoCa are planned, X-VLM's work is not known here")
     config, parameters, value_bytes = MODEL_PRESETS[preset], PRESET_PARAMETERS[preset][0], 2 if bf16 else 4
     batch = batch_of(total, micro or PRESETS[preset].train.micro_batch, cluster.gpus)
     cost = work(config, value_bytes)
