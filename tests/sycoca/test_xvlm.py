@@ -9,13 +9,14 @@ import torch.nn.functional as F
 
 from bench.xvlm_published import published_region_losses
 from sycoca.config import ConfigError, LossConfig
+from sycoca.hub import load_pretrained
 from sycoca.masking import StepPlan
-from sycoca.mlm import mask_words
 from sycoca.model import parameter_groups
 from sycoca.regions import cells, whole
-from sycoca.xvlm import XBatch
+from sycoca.tokenizer import Tokenizer
+from sycoca.xvlm import XVLM, XBatch
 from tests.sycoca.micro import MICRO, gradients
-from tests.sycoca.micro_xvlm import CONTINUES, MICRO_XVLM, build, micro_xvlm, pairs, regions, step, texts
+from tests.sycoca.micro_xvlm import MICRO_XVLM, build, micro_xvlm, pairs, regions, step, texts
 
 PLAN = StepPlan(False, False)
 LENGTHS, REGION_LENGTHS = [7, 3, 9, 5], [2, 4, 1, 9, 3, 2, 6, 2]
@@ -295,6 +296,14 @@ def test_attention_can_be_kept_for_a_map():
     )
 
 
-def test_masked_words_of_a_causal_encoder_are_not_asked_for():
-    masked = mask_words(texts([3]), torch.tensor([1]), CONTINUES, MICRO_XVLM.text, MICRO_XVLM.words)
-    assert (masked.labels >= 0).sum() == 1
+def test_a_folder_holds_it_all(tmp_path):
+    tokenizer = Tokenizer.train_wordpiece(["a red disc above a blue star"], 37)
+    model = build(MICRO_XVLM).eval()
+    model.save_pretrained(tmp_path, tokenizer=tokenizer)
+    again, words, _ = load_pretrained(tmp_path)
+    tokens, images = words.encode(["a red disc", "a star"], 10), pairs([1, 1]).images
+    with torch.no_grad():
+        found = [m.locate(m.encode_text(tokens), m.view_images(m.encode_image(images))) for m in (model, again)]
+    assert isinstance(again, XVLM) and torch.equal(*found)
+    larger = load_pretrained(tmp_path, image_size=24).model
+    assert larger.fusion.places.pos.shape == larger.vision.sequence.pos.shape == (36, 32)
