@@ -26,7 +26,9 @@ test: $(VENV)/.ready $(VENV)/.triton
 	OMP_NUM_THREADS=1 python -m pytest tests -n 2 --dist loadfile -m "not run and not full and not faults and not gpu"
 
 test-runs: $(VENV)/.ready
-	python -m pytest tests -m "run and not full and not gpu"
+	python -m pytest tests/runs -m "run and alone and not full and not gpu"
+	ONE_CORE_EACH=1 OMP_NUM_THREADS=1 python -m pytest tests -n 2 --dist loadfile \
+	  -m "run and not alone and not full and not gpu"
 
 test-faults: $(VENV)/.ready
 	python -m pytest tests/runs/test_faults.py tests/runs/test_disks.py tests/runs/test_signals.py \

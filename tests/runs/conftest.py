@@ -28,6 +28,28 @@ ROOMS = (
 )
 
 
+# What starts whole programs takes every core; the others share the machine, a core each, so that no thread of one waits
+# for a core that another holds.
+PROGRAMS = {"command", "main_job", "place"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if PROGRAMS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("alone")
+
+
+def keep_to_one_core() -> None:
+    """Pins a worker of pytest-xdist, and all that it starts, to a core of its own."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"][2:]) % len(cores)]})
+
+
+if "PYTEST_XDIST_WORKER" in os.environ and os.environ.get("ONE_CORE_EACH") == "1":
+    keep_to_one_core()
+
+
 class Done(NamedTuple):
     """What a finished command left behind."""
 
