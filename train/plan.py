@@ -20,6 +20,7 @@ from train.config import PRESETS
 from train.plan_work import Work, work
 
 GB = 1e9
+PLANNED = tuple(name for name, config in MODEL_PRESETS.items() if config.fusion is None)
 
 
 class Cluster(NamedTuple):
@@ -166,10 +167,9 @@ def plan(preset: str, total: int, cluster: Cluster, *, micro: int | None, stage:
     Raises:
         ConfigError: an unknown preset, or a batch that does not divide.
     """
-    if preset not in MODEL_PRESETS:
-        raise ConfigError(f"--preset {preset}: unknown{nearest(preset, MODEL_PRESETS)}")
-    if MODEL_PRESETS[preset].fusion is not None:
-        raise ConfigError(f"--preset {preset}: only SyCoCa and CoCa are planned, X-VLM's work is not known here")
+    if preset not in PLANNED:
+        what = "only SyCoCa and CoCa are planned" if preset in MODEL_PRESETS else f"unknown{nearest(preset, PLANNED)}"
+        raise ConfigError(f"--preset {preset}: {what}; known: {', '.join(PLANNED)}")
     config, parameters, value_bytes = MODEL_PRESETS[preset], PRESET_PARAMETERS[preset][0], 2 if bf16 else 4
     batch = batch_of(total, micro or PRESETS[preset].train.micro_batch, cluster.gpus)
     cost = work(config, value_bytes)
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     assumed = Cluster(1)
     parser.add_argument("--gpus", type=int, required=True, help="ranks in all")
     parser.add_argument("--batch", type=int, required=True, help="pairs of a step, over all ranks")
-    parser.add_argument("--preset", default="base_16", help=f"one of {', '.join(MODEL_PRESETS)}")
+    parser.add_argument("--preset", default="base_16", help=f"one of {', '.join(PLANNED)}")
     parser.add_argument("--micro-batch", type=int, help="pairs that a rank takes at once; the preset's without it")
     parser.add_argument("--stage", type=int, default=2, choices=range(4), help="of ZeRO")
     parser.add_argument("--fp32", action="store_true", help="products in fp32 rather than bf16")

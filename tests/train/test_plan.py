@@ -98,6 +98,7 @@ def test_parts_follow_from_the_batch():
         ("--gpus 64 --batch 32", "--batch 32 is no multiple"),
         ("--gpus 0 --batch 32", "--gpus 0"),
         ("--gpus 8 --batch 4096 --preset base_61", "did you mean 'base_16'"),
+        ("--gpus 8 --batch 4096 --preset xvlm_base", "only SyCoCa and CoCa are planned"),
         ("--gpus 8 --batch 4096 --micro-batch 0", "--micro-batch 0"),
         ("--gpus 8 --batch 4096 --tflops nan", "--tflops nan"),
     ],
