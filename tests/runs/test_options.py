@@ -21,7 +21,7 @@ def split(run: list, faults: list) -> list:
 MOVES = [((2, 2), (1, 3)), ((2, 3), (2, 1)), ((2, 1), (2, 1)), ((1, 0), (1, 0))]
 
 
-@pytest.mark.parametrize("move", split(MOVES[:2], MOVES[2:]))
+@pytest.mark.parametrize("move", split(MOVES[:1], MOVES[1:]))
 def test_the_average_is_that_of_the_weights_after_each_step(tmp_path, move):
     run_dir, options = tmp_path / "run", ("save_every=1", "keep_last=5", "ema=0.5", *SMALL)
     plain = tmp_path / "plain.json"
