@@ -45,7 +45,9 @@ def shares(config: Any, *names: str) -> None:
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
-    name: Literal["adamw"] = "adamw"
+    """`lamb` scales the step of each tensor, for very large batches; it runs without ZeRO, whose shards cut tensors."""
+
+    name: Literal["adamw", "lamb"] = "adamw"
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6

@@ -116,7 +116,7 @@ class OptimizerParams(Section):
 
 @dataclass(frozen=True)
 class Optimizer(Section):
-    type: Literal["AdamW", "auto"]
+    type: Literal["AdamW", "Lamb", "auto"]
     params: OptimizerParams = OptimizerParams()
 
 

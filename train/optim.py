@@ -11,14 +11,15 @@ from functools import partial
 import torch
 
 from train.config import OptimizerConfig, ScheduleConfig
+from train.lamb import lamb_class
 
 
 def build_optimizer(groups: list[dict], config: OptimizerConfig, *, offloaded: bool = False) -> torch.optim.Optimizer:
-    """AdamW over parameter groups; a group's `max_value` bounds its parameters from above after every step.
+    """AdamW or LAMB over parameter groups; a group's `max_value` bounds its parameters from above after every step.
 
     Args:
         groups: parameter groups as `torch.optim` takes them, with the optional key `max_value`.
-        config: learning rate, betas, epsilon and the weight decay of groups that set none.
+        config: which one, learning rate, betas, epsilon and the weight decay of groups that set none.
         offloaded: whether what it updates will lie on the host, wherever the parameters are.
 
     Returns:
@@ -28,7 +29,7 @@ def build_optimizer(groups: list[dict], config: OptimizerConfig, *, offloaded: b
         group.setdefault("max_value", None)
     on_cuda = not offloaded and any(p.is_cuda for group in groups for p in group["params"])
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    optimizer = adamw_class(on_cuda)(groups, **options)
+    optimizer = (lamb_class if config.name == "lamb" else adamw_class)(on_cuda)(groups, **options)
     optimizer.register_step_post_hook(_clamp)
     return optimizer
 

@@ -163,6 +163,8 @@ def _optimizer(ds: DeepSpeedJson, name: str) -> dict[str, _Said]:
             said[key] = _Said(plain, _words(json_key, plain))
 
     if ds.optimizer is not None:
+        if _is_given(ds.optimizer.type):
+            say("optimizer.name", "optimizer.type", ds.optimizer.type.lower())
         for field in ("lr", "betas", "eps", "weight_decay"):
             say(f"optimizer.{field}", f"optimizer.params.{field}", getattr(ds.optimizer.params, field))
     if ds.scheduler is None:

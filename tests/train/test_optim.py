@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from train.config import OptimizerConfig, ScheduleConfig
+from train.lamb import Lamb, lamb_class
 from train.optim import adamw_class, build_optimizer, learning_rate_factor, set_learning_rate
 
 
@@ -124,3 +125,51 @@ def test_every_optimizer_at_hand_takes_the_trajectory_of_the_plain_one_on_cuda()
 
     for got, expected in zip(_trajectory(on_cuda), plain, strict=True):
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+def _lamb(groups, steps: int) -> list[torch.Tensor]:
+    """Algorithm 2, written out in fp64: groups are (start, gradients of each step, weight decay)."""
+    lr, b1, b2, eps = 0.05, 0.9, 0.98, 1e-6
+    found = []
+    for p, gradients, wd in groups:
+        p, m, v = p.double(), 0.0, 0.0
+        for t in range(1, steps + 1):
+            g = gradients[t - 1].double()
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+            u = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + eps) + wd * p
+            ratio = p.norm() / u.norm() if wd and p.norm() > 0 and u.norm() > 0 else 1.0
+            p = p - lr * ratio * u
+        found.append(p)
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_lamb_takes_the_steps_of_its_paper(device):
+    generator = torch.Generator().manual_seed(0)
+    # The second starts at nothing, the third has no decay: neither is scaled at first.
+    starts = [torch.randn(7, 3, generator=generator), torch.zeros(5), torch.randn(4, generator=generator)]
+    decays, steps = [0.1, 0.1, 0.0], 12
+    gradients = [[torch.randn(p.shape, generator=generator) for _ in range(steps)] for p in starts]
+    params = [torch.nn.Parameter(p.clone().to(device)) for p in starts]
+    groups = [{"params": [p], "weight_decay": wd} for p, wd in zip(params, decays)]
+    config = OptimizerConfig(name="lamb", lr=0.05, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    optimizer = build_optimizer(groups, config)
+    for step in range(steps):
+        for p, of_step in zip(params, gradients):
+            p.grad = of_step[step].to(device)
+        optimizer.step()
+    for p, expected in zip(params, _lamb(zip(starts, gradients, decays), steps), strict=True):
+        torch.testing.assert_close(p.detach().cpu().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_nvidias_lamb_is_taken_on_cuda_and_clips_nothing(monkeypatch):
+    module = types.ModuleType("apex.optimizers")
+    module.FusedLAMB = type("FusedLAMB", (Lamb,), {})
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+    monkeypatch.setitem(sys.modules, "amp_C", None)
+    assert lamb_class(on_cuda=True) is Lamb
+    monkeypatch.setitem(sys.modules, "amp_C", types.ModuleType("amp_C"))
+    taken = lamb_class(on_cuda=True)
+    assert taken.func is module.FusedLAMB and taken.keywords == {"max_grad_norm": math.inf}
+    assert lamb_class(on_cuda=False) is Lamb
