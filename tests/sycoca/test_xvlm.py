@@ -268,6 +268,20 @@ def test_recomputing_blocks_changes_nothing(form):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_mixed_precision_takes_the_unpacked_way(form):
+    """Under autocast nothing is fused by hand; losses agree to the rounding of 16-bit products."""
+    config = micro_xvlm(vision={"region_form": form})
+    model, batch = build(config), step(config, LENGTHS, REGION_LENGTHS)
+    exact = losses(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = losses(model, batch)
+    for name in ("itc", "mlm", "region_itc", "region_mlm", "l1", "giou"):
+        assert getattr(found, name).item() == pytest.approx(getattr(exact, name).item(), rel=0.05), name
+    found.total.backward()
+    assert all(g.isfinite().all() for g in gradients(model).values())
+
+
 def test_every_parameter_is_in_one_group():
     model = build(MICRO_XVLM)
     groups = parameter_groups(model, 0.1)
