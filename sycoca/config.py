@@ -236,6 +236,8 @@ class LossConfig(Strict):
         label_smoothing: of the contrastive loss, 0..1.
         caption_label_smoothing: of the captioning loss, 0..1.
         l1_weight, giou_weight: of the two terms of `bbox`.
+        itm_floor: share that every negative of ITM has beside its softmax when negatives are drawn; a large one makes
+            easy negatives frequent, which a short run begins with.
         region_weight: of all terms of a region batch, beside those of the image batch.
     """
 
@@ -251,11 +253,13 @@ class LossConfig(Strict):
     l1_weight: float = 1.0
     giou_weight: float = 1.0
     region_weight: float = 1.0
+    itm_floor: float = 1e-5
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self) if field.name.endswith("_weight")):
             value = getattr(self, name)
             _require(value is None or 0 <= value < math.inf, f"{name}: must be at least 0, got {value}")
+        _positive(self, "itm_floor")
         for name in ("label_smoothing", "caption_label_smoothing"):
             _require(0 <= getattr(self, name) < 1, f"{name}: must lie in 0..1, got {getattr(self, name)}")
 

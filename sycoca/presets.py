@@ -5,6 +5,7 @@ from sycoca.config import (
     CaptionDecoderConfig,
     FusionConfig,
     ImageDecoderConfig,
+    LossConfig,
     MaskingConfig,
     ModelConfig,
     TextConfig,
@@ -61,6 +62,7 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
         caption_decoder=CaptionDecoderConfig(depth=1, heads=4),
         image_decoder=ImageDecoderConfig(depth=1, width=128, heads=4),
         fusion=FusionConfig(depth=2, heads=4),
+        loss=LossConfig(itm_weight=2.0, itm_floor=0.02),
         objectives=_XVLM,
     ),
     "xvlm_base": ModelConfig(

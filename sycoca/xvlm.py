@@ -299,9 +299,9 @@ class XVLM(SyCoCa):
     ) -> tuple[Tensor, Tensor]:
         """Summed loss of up to 3 E pairs, and the balanced accuracy over them."""
         own = torch.arange(len(features), device=features.device)
-        seed = hash_tensor(seeds[:1])
+        draws = {"ids": ids, "floor": self.config.loss.itm_floor, "seed": hash_tensor(seeds[:1])}
         other_image, other_text = sample_hard_negatives(
-            features.detach(), text.features.detach(), self.logit_scale().detach(), ids=ids, seed=seed
+            features.detach(), text.features.detach(), self.logit_scale().detach(), **draws
         )
         texts = torch.cat([own, own, other_text.clamp(min=0)])
         images = torch.cat([own, other_image.clamp(min=0), own])

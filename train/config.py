@@ -242,11 +242,11 @@ PRESETS: dict[str, RunConfig] = {
         schedule=ScheduleConfig(name="wsd", warmup_steps=40, decay_share=0.3),
         data=DataConfig(workers=1, tokenizer="wordpiece", crop_scale=None, whole_share=0.0, region_crop=False),
         train=PretrainConfig(
-            steps=900,
+            steps=600,
             micro_batch=16,
             region_batch=64,
             log_every=20,
-            save_every=450,
+            save_every=300,
             keep_last=2,
             precision="fp32",
         ),

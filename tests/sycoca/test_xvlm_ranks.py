@@ -19,7 +19,7 @@ LENGTHS = [9, 8, 0, 1, 7, 2, 3, 0]
 REGION_LENGTHS = [9, 1, 2, 0, 4, 4, 2, 1]
 
 
-def neighbours(image, text, scale, *, ids=None, seed):
+def neighbours(image, text, scale, *, ids, floor, seed):
     other = torch.arange(len(image)) ^ 1
     return other, other
 
