@@ -28,11 +28,10 @@ def published_region_losses(model: XVLM, regions: RegionBatch, masked: MaskedWor
     text = F.normalize(model.text_projection(model.text.ln_final(words[:, 0])), dim=-1)
     itc = fused_itc_loss(features, text, model.logit_scale(), ids=regions.ids)
 
-    seed = hash_tensor(regions.seeds[:1])
-    drawn = sample_hard_negatives(
-        features.detach(), text.detach(), model.logit_scale().detach(), ids=regions.ids, seed=seed
+    draws = {"ids": regions.ids, "floor": config.loss.itm_floor, "seed": hash_tensor(regions.seeds[:1])}
+    other_image, other_text = sample_hard_negatives(
+        features.detach(), text.detach(), model.logit_scale().detach(), **draws
     )
-    other_image, other_text = drawn
     same = _fuse(model, words, valid, boxed, seen)
     words_of = torch.cat([words, words[other_text]]), torch.cat([valid, valid[other_text]])
     images_of = torch.cat([boxed[other_image], boxed]), torch.cat([seen[other_image], seen])
