@@ -1,4 +1,4 @@
-"""The command line: python -m sycoca caption | embed | retrieve | overlay | doctor.
+"""The command line: python -m sycoca caption | embed | retrieve | locate | overlay | doctor.
 
 Exit codes: 0 done, 1 nothing could be used or a check failed, 2 wrong arguments, 130 interrupted.
 """
@@ -13,7 +13,7 @@ import typing
 from sycoca.commands.inputs import UserError
 from sycoca.config import ConfigError, nearest
 
-COMMANDS = ("caption", "embed", "retrieve", "overlay", "doctor")
+COMMANDS = ("caption", "embed", "retrieve", "locate", "overlay", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):

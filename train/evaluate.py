@@ -54,6 +54,8 @@ def parse(argv: list[str]) -> Evaluation:
         epilog="examples:\n"
         "  python train/evaluate.py retrieval --model runs/tiny --data flickr8k/captions.tsv\n"
         "  python train/evaluate.py captioning --data 'nocaps:nocaps_val.json?images=val' beams=5 meteor=true\n"
+        "  python train/evaluate.py retrieval --model runs/xvlm_tiny rerank=32\n"
+        "  python train/evaluate.py grounding --data refcoco_plus/testA.jsonl --split all\n"
         "  python train/evaluate.py vqa --data 'vqav2:questions.json?annotations=answers.json&images=val2014'\n"
         "  python train/evaluate.py zeroshot --data cifar10/test.tar classes=cifar10\n"
         "  python train/evaluate.py probe --train cifar10/train.tar --data cifar10/test.tar\n",
@@ -77,8 +79,8 @@ def parse(argv: list[str]) -> Evaluation:
     folder = model_folder(args.model)
     facts, settings = task_facts(folder), model_settings(folder)
     check_objectives(args.task, settings["objectives"], folder)
-    if args.task == "classification" and facts.get("task") != "classification":
-        raise ConfigError(f"--model {folder}: no classifier; make one with train/finetune.py classification")
+    if args.task in ("classification", "nlvr") and facts.get("task") != args.task:
+        raise ConfigError(f"--model {folder}: no classifier; make one with train/finetune.py {args.task}")
     if options.meteor or options.spice:
         from train.tasks.coco_java import require_java
 
@@ -112,7 +114,7 @@ def evaluate(asked: Evaluation) -> None:
     device = torch.device("cuda" if has_cuda() else "cpu")
     model, tokenizer, config = load_pretrained(asked.model, device=device)
     method = vqa_method(asked.options.vqa, asked.facts) if asked.task == "vqa" else ""
-    classifies = asked.task == "classification" or method == "classify"
+    classifies = asked.task in ("classification", "nlvr") or method == "classify"
     head = load_head(asked.facts, config) if classifies else None
     if head is not None:
         head.module.to(device)

@@ -1,6 +1,7 @@
 """Classifiers on top of a model, and the folder in which they lie beside it.
 
 image label    logits = s W f + b                 f unit image feature, s the logit scale
+statement      logits = W2 GELU(LN(W1 [z; z'])) + b   z the fusion encoder's [CLS] with either image
 answer         logits = W LN(h_EOT) + b           h the caption decoder's state at the end of the question
 """
 
@@ -56,6 +57,22 @@ class AnswerHead(nn.Module):
         return self.linear(self.norm(state))
 
 
+class StatementHead(nn.Module):
+    """Logits (B, 2) of "false" and "true", from the fused states (B, 2 D) of a sentence with two images."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(2 * width, width)
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, 2)
+        for linear in (self.hidden, self.linear):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.linear(nn.functional.gelu(self.norm(self.hidden(states))))
+
+
 def label_logits(model: Any, head: LabelHead, images: Tensor) -> Tensor:
     """Logits (B, classes) of images (B, 3, H, W)."""
     return head(model.encode_image(images).features)
@@ -98,6 +115,8 @@ def load_head(facts: dict[str, Any], config: Any) -> Head:
     state = load_file(path)
     if "scale" in state:
         module: nn.Module = LabelHead(config.embed_dim, len(names), float(state["scale"]))
+    elif "hidden.weight" in state:
+        module = StatementHead(config.text.width)
     else:
         module = AnswerHead(config.text.width, len(names))
     try:

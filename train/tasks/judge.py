@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from sycoca.config import ConfigError
 from train.data.sample import Skipped
-from train.tasks import captioning, choosing, classification, retrieval, vqa
+from train.tasks import captioning, choosing, classification, grounding, nlvr, retrieval, vqa
 from train.tasks.class_names import templates
 from train.tasks.heads import Head
 from train.tasks.options import TaskOptions
@@ -53,7 +53,7 @@ def judge(
         source: what `open_source` opened for this task.
         options: of the task.
         device: of the model.
-        head: the classifier, for classification and for vqa by classification.
+        head: the classifier, for classification, nlvr and vqa by classification.
         method: of vqa.
         train: labelled images that a probe is fitted to; questions that candidate answers come from.
 
@@ -74,6 +74,10 @@ def judge(
             outcome = choosing.evaluate_choice(model, tokenizer, source, **how)
         case "pairs":
             outcome = choosing.evaluate_pairs(model, tokenizer, source, **how)
+        case "grounding":
+            outcome = grounding.evaluate(model, tokenizer, source, **how)
+        case "nlvr":
+            outcome = nlvr.evaluate(model, tokenizer, source, head, **how)
         case "zeroshot":
             sentences = templates(options.templates, source.classes)
             outcome = classification.evaluate_zeroshot(model, tokenizer, source, sentences=sentences, **how)

@@ -84,9 +84,18 @@ _CPU = {
     "retrieval": (1e-3, 100, 64),
     "captioning": (1e-3, 60, 32),
     "vqa": (2e-3, 50, 32),
+    "grounding": (1e-3, 100, 32),
+    "nlvr": (1e-3, 100, 32),
     "classification": (4e-3, 150, 32),
 }
-_GPU = {"retrieval": (1e-5, 5.0), "captioning": (1e-5, 5.0), "vqa": (2e-5, 10.0), "classification": (5e-5, 20.0)}
+_GPU = {
+    "retrieval": (1e-5, 5.0),
+    "captioning": (1e-5, 5.0),
+    "vqa": (2e-5, 10.0),
+    "grounding": (3e-5, 10.0),
+    "nlvr": (3e-5, 10.0),
+    "classification": (5e-5, 20.0),
+}
 # Of the learning rate: rewards are noisier than labels.
 _SCST_SHARE = 0.2
 
@@ -214,6 +223,11 @@ def _open(config: FinetuneConfig, world: int) -> tuple[Source, Source]:
     data, options = config.data, config.options
     settings = model_settings(Path(config.model))
     check_objectives(config.task, settings["objectives"], config.model)
+    if config.task == "grounding" and "bbox" not in settings["objectives"]:
+        raise ConfigError(
+            f"--model {config.model}: fine-tuning regresses boxes, which needs a model trained with 'bbox'; "
+            "by 'itm' alone grounding is judged as it is"
+        )
     classes = class_names(options.classes)
     if options.templates is not None:
         templates(options.templates, classes or ())

@@ -5,15 +5,29 @@ from typing import Literal
 
 from train.config import Section, require
 
-EVALUATED = ("retrieval", "captioning", "vqa", "choice", "pairs", "zeroshot", "probe", "classification")
-FINETUNED = ("retrieval", "captioning", "vqa", "classification")
-# The objective that a model must have been trained with.
+EVALUATED = (
+    "retrieval",
+    "captioning",
+    "vqa",
+    "grounding",
+    "nlvr",
+    "choice",
+    "pairs",
+    "zeroshot",
+    "probe",
+    "classification",
+)
+FINETUNED = ("retrieval", "captioning", "vqa", "grounding", "nlvr", "classification")
+# The objectives of which a model must have been trained with one.
+_FUSED = ("itm", "bbox", "mlm")
 _NEEDS = {
-    "retrieval": "itc",
-    "zeroshot": "itc",
-    "captioning": "ic",
-    "vqa": "ic",
-    "choice": "ic",
+    "retrieval": ("itc",),
+    "zeroshot": ("itc",),
+    "captioning": ("ic",),
+    "vqa": ("ic",),
+    "choice": ("ic",),
+    "grounding": ("bbox", "itm"),
+    "nlvr": _FUSED,
 }
 
 
@@ -33,6 +47,9 @@ class TaskOptions(Section):
         per_token: choice, pairs: likelihood over the number of tokens.
         classes, templates: zeroshot, classification: the name of a known set, or a file with one a line.
         probe_limit: probe: images that it is fitted to, at most.
+        grounding: how a phrase is located; by regression, by the heat of matching (Grad-CAM), or by regression where
+            the model has learned it.
+        rerank: retrieval: the best so many by ITC are ranked anew by matching; none ranks by ITC alone.
         captions: retrieval, captioning: fine-tuning takes so many captions of each image in a step.
         scst: captioning: fine-tuning rewards CIDEr-D of drawn captions instead of cross-entropy.
         samples: captioning with scst: captions drawn for each image.
@@ -59,6 +76,8 @@ class TaskOptions(Section):
     classes: str | None = None
     templates: str | None = None
     probe_limit: int | None = 10_000
+    grounding: Literal["auto", "regress", "heat"] = "auto"
+    rerank: int | None = None
     captions: int = 1
     scst: bool = False
     samples: int = 5
@@ -77,6 +96,7 @@ class TaskOptions(Section):
             "answers",
             "ranked",
             "probe_limit",
+            "rerank",
             "captions",
             "samples",
         )
@@ -103,6 +123,8 @@ TASKS_OF_OPTIONS = {
     "templates": ("zeroshot", "classification"),
     "probe_limit": ("probe",),
     "seed": ("probe",),
+    "grounding": ("grounding",),
+    "rerank": ("retrieval",),
     "captions": ("retrieval", "captioning"),
     "scst": ("captioning",),
     "samples": ("captioning",),
@@ -126,8 +148,9 @@ def check_objectives(task: str, objectives: tuple[str, ...], model: object) -> N
     """Raises ConfigError where a model was not trained for what a task asks of it."""
     needed = _NEEDS.get(task)
     require(
-        needed is None or needed in objectives,
-        f"--model {model}: {task} needs a model trained with the objective '{needed}'; it has {', '.join(objectives)}",
+        needed is None or set(needed) & set(objectives),
+        f"--model {model}: {task} needs a model trained with the objective "
+        f"{' or '.join(repr(name) for name in needed or ())}; it has {', '.join(objectives)}",
     )
 
 

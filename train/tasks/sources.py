@@ -9,6 +9,7 @@ from train.tasks.annotations import Pictures, complete, listed, parse_annotation
 from train.tasks.choices import open_choices, open_pairs
 from train.tasks.labels import has_split, open_labels
 from train.tasks.questions import open_questions
+from train.tasks.statements import open_statements
 
 _NOCAPS = {"nocaps": ("images",)}
 
@@ -77,7 +78,7 @@ def holds_out(task: str, spec: str) -> bool:
     """Whether a source knows a validation part of its own, so that training and judging on it are apart."""
     if spec.partition("?")[0] == "scenes":
         return True
-    if task in ("retrieval", "captioning"):
+    if task in ("retrieval", "captioning", "grounding"):
         return not spec.startswith("nocaps:")
     return task in ("classification", "probe") and has_split(Path(spec).expanduser(), "val")
 
@@ -107,6 +108,10 @@ def open_source(
         if named is not None:
             return NoCaps(named.path, named.options.get("images"), split)
         return open_dataset(spec, split, image_size=image_size, whole=whole)
+    if task == "grounding":
+        return open_dataset(spec, split, image_size=image_size, whole=whole)
+    if task == "nlvr":
+        return open_statements(spec, split, image_size=image_size)
     if task == "vqa":
         return open_questions(spec, split, image_size=image_size)
     if task == "choice":

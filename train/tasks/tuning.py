@@ -10,15 +10,18 @@ from torch import Tensor, nn
 
 from sycoca.config import ConfigError, to_dict
 from sycoca.model import parameter_groups
-from train.data import DataError, batches
+from train.data import DataError, LoadedBatch, batches
+from train.data.region_batches import region_batches
 from train.health import Place
 from train.optim import by_layer
 from train.tasks.class_names import templates
 from train.tasks.classification import name_features
 from train.tasks.facts import task_facts
-from train.tasks.heads import AnswerHead, Head, LabelHead, save_task
+from train.tasks.fused_objectives import Locating, Matching, Stating
+from train.tasks.heads import AnswerHead, Head, LabelHead, StatementHead, save_task
 from train.tasks.judge import judge, vqa_method
 from train.tasks.launch import FinetuneConfig, Tuning
+from train.tasks.nlvr import statement_batches
 from train.tasks.objectives import AnswerChoosing, AnswerWriting, Contrast, Labelling, Objective, Writing
 from train.tasks.report import terminal_lines, write_results
 from train.tasks.rows import AnswerRows, CaptionRows, LabelRows, ReferenceRows, WrittenRows
@@ -68,6 +71,8 @@ def build_objective(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> 
     """
     config, source = tuning.config, tuning.train
     options = config.options
+    if config.task == "retrieval" and model.config.learns("itm"):
+        return Plan(Matching(model), CaptionRows(tokenizer, 1), AllCaptions(source), ())
     if config.task == "retrieval":
         return Plan(Contrast(model), CaptionRows(tokenizer, options.captions), AllCaptions(source), ())
     if config.task == "captioning" and not options.scst:
@@ -91,6 +96,11 @@ def build_objective(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> 
             raise DataError(f"data.train={config.data.train}: no question has an answer")
         head = AnswerHead(model.config.text.width, len(names)).to(device)
         return Plan(AnswerChoosing(model, head), AnswerRows(tokenizer, names), source, names)
+    if config.task == "grounding":
+        return Plan(Locating(model), tokenizer, source, ())
+    if config.task == "nlvr":
+        head = StatementHead(model.config.text.width).to(device)
+        return Plan(Stating(model, head), tokenizer, source, ("false", "true"))
     scale, weight = model.logit_scale().item(), None
     if options.named_head and model.config.learns("itc"):
         sentences = templates(options.templates, source.classes)
@@ -134,30 +144,40 @@ def _layer(name: str, depth: int) -> int | None:
 
 
 def tuning_batches(tuning: Tuning, plan: Plan, first: int, *, rank: int, world: int, device: Any) -> Iterator[tuple]:
-    """Images, rows and ids on the device, and where they stand, from the global batch number `first` on."""
+    """What an objective's `inputs` take but for the seed, on the device, and where it stands, from global batch `first` on.
+
+    Images, rows and ids; for grounding the fields of a region batch, for nlvr those of a batch of statements.
+    """
     config, model = tuning.config, plan.objective.model.config
     global_batch = config.train.micro_batch * world
-    epoch, start = divmod(first, len(plan.source) // global_batch)
-    loader = batches(
-        plan.source,
-        plan.rows,
-        global_batch=global_batch,
-        image_size=model.vision.image_size,
-        context_length=model.text.context_length,
-        seed=config.train.seed,
-        rank=rank,
-        world=world,
-        epoch=epoch,
-        start=start,
-        workers=config.data.workers,
-        crop_scale=config.data.crop_scale,
-    )
+    form = {
+        "image_size": model.vision.image_size,
+        "context_length": model.text.context_length,
+        "seed": config.train.seed,
+        "rank": rank,
+        "world": world,
+        "workers": config.data.workers,
+    }
+    if config.task == "grounding":
+        # Phrases may say where a thing stands among others, so that their images are seen whole.
+        how = {"elements": global_batch, "grid": model.vision.grid, "whole_share": 0.0, "crop": False, "start": first}
+        loader = region_batches(plan.source, plan.rows, **how, **form)
+    elif config.task == "nlvr":
+        loader = statement_batches(plan.source, plan.rows, global_batch=global_batch, first=first, **form)
+    else:
+        epoch, start = divmod(first, len(plan.source) // global_batch)
+        how = {"global_batch": global_batch, "epoch": epoch, "start": start, "crop_scale": config.data.crop_scale}
+        loader = batches(plan.source, plan.rows, **how, **form)
     loader.skipped = tuning.train.skipped
     for loaded in loader:
+        place = Place(loaded.epoch, loaded.index, loaded.keys)
+        if not isinstance(loaded, LoadedBatch):
+            yield tuple(part.to(device, non_blocking=True) for part in loaded if isinstance(part, Tensor)), place
+            continue
         distinct = plan.source.fresh and not plan.source.repeats
         ids = None if distinct else loaded.ids.to(device, non_blocking=True)
         images, tokens = (part.to(device, non_blocking=True) for part in (loaded.images, loaded.tokens))
-        yield (images, tokens, ids), Place(loaded.epoch, loaded.index, loaded.keys)
+        yield (images, tokens, ids), place
 
 
 def judge_untuned(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> None:
@@ -165,7 +185,7 @@ def judge_untuned(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> No
     config = tuning.config
     facts = task_facts(Path(config.model))
     task = "zeroshot" if config.task == "classification" else config.task
-    if task == "zeroshot" and not model.config.learns("itc"):
+    if task == "nlvr" or (task == "zeroshot" and not model.config.learns("itc")):
         return
     method = vqa_method("auto", facts)
     how: dict[str, Any] = {"method": "rank" if method == "classify" else method}
@@ -230,6 +250,8 @@ def _load(model: nn.Module, plan: Plan, state: dict[str, Tensor]) -> Head | None
     head: Callable | nn.Module = plan.objective.head
     if isinstance(head, LabelHead):
         module: nn.Module = LabelHead(model.config.embed_dim, len(plan.names), float(head.scale))
+    elif isinstance(head, StatementHead):
+        module = StatementHead(model.config.text.width)
     else:
         module = AnswerHead(model.config.text.width, len(plan.names))
     module.load_state_dict({**module.state_dict(), **parts["head"]})
