@@ -144,7 +144,7 @@ def _layer(name: str, depth: int) -> int | None:
 
 
 def tuning_batches(tuning: Tuning, plan: Plan, first: int, *, rank: int, world: int, device: Any) -> Iterator[tuple]:
-    """What an objective's `inputs` take but for the seed, on the device, and where it stands, from global batch `first` on.
+    """What an objective's `inputs` take but for the seed, and where it stands, from global batch number `first` on.
 
     Images, rows and ids; for grounding the fields of a region batch, for nlvr those of a batch of statements.
     """

@@ -235,7 +235,7 @@ def test_an_interrupt_is_one_word(sycoca, monkeypatch):
     monkeypatch.setattr("sycoca.commands.doctor.run", interrupt)
     ran = sycoca("doctor")
     assert ran.code == 130 and ran.err.strip() == "interrupted"
-    assert program.COMMANDS == ("caption", "embed", "retrieve", "overlay", "doctor")
+    assert program.COMMANDS == ("caption", "embed", "retrieve", "locate", "overlay", "doctor")
 
 
 @pytest.mark.run

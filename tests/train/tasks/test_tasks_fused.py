@@ -269,7 +269,7 @@ def test_the_loss_of_boxes_is_that_of_pre_training(model, tokenizer):
     )
     batch = RegionBatch(*next(loader)[:8])
     objective = Locating(deepcopy(model))
-    loss, l1, giou = objective(*objective.inputs(batch, 3), None, [16])
+    loss, l1, giou = objective(*objective.inputs(*batch, 3), None, [16])
     with torch.no_grad():
         views = model.view_images(model.encode_image(batch.images))
         one = [
@@ -352,7 +352,8 @@ def test_batches_of_statements_are_those_of_any_rank_and_place(tokenizer, statem
     whole = take(3, rank=0, world=1, first=63)
     parts = [take(3, rank=rank, world=2, first=63) for rank in (0, 1)]
     for batch, shares in zip(whole, zip(*parts)):
-        for name in batch._fields:
+        assert batch.keys == shares[0].keys + shares[1].keys
+        for name in ("images", "tokens", "labels"):
             assert torch.equal(getattr(batch, name), torch.cat([getattr(share, name) for share in shares]))
     assert torch.equal(take(1, rank=0, world=1, first=65)[0].tokens, whole[2].tokens)
     assert whole[0].images.shape == (16, 3, SIZE, SIZE) and set(whole[0].labels.tolist()) <= {0, 1}
@@ -378,7 +379,7 @@ def test_statements_are_learned_and_judged(model, tokenizer, statements, tmp_pat
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2)
     losses = []
     for _ in range(12):
-        loss, _ = objective(*objective.inputs(batch, 0), None, [8])
+        loss, _ = objective(*objective.inputs(*batch[:3], 0), None, [8])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
