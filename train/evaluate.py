@@ -21,7 +21,15 @@ from train.hardware import has_cuda
 from train.run_folder import check_writable
 from train.tasks.class_names import class_names, templates
 from train.tasks.facts import model_folder, model_settings, task_facts
-from train.tasks.options import EVALUATED, TRAINING_ONLY, TaskOptions, check_meant, check_objectives, check_task
+from train.tasks.options import (
+    EVALUATED,
+    TRAINING_ONLY,
+    TaskOptions,
+    check_answering,
+    check_meant,
+    check_objectives,
+    check_task,
+)
 from train.tasks.sources import holds_out, open_source
 
 
@@ -114,6 +122,8 @@ def evaluate(asked: Evaluation) -> None:
     device = torch.device("cuda" if has_cuda() else "cpu")
     model, tokenizer, config = load_pretrained(asked.model, device=device)
     method = vqa_method(asked.options.vqa, asked.facts) if asked.task == "vqa" else ""
+    if asked.task == "vqa":
+        check_answering(method, config.objectives, asked.model)
     classifies = asked.task in ("classification", "nlvr") or method == "classify"
     head = load_head(asked.facts, config) if classifies else None
     if head is not None:

@@ -2,7 +2,8 @@
 
 image label    logits = s W f + b                 f unit image feature, s the logit scale
 statement      logits = W2 GELU(LN(W1 [z; z'])) + b   z the fusion encoder's [CLS] with either image
-answer         logits = W LN(h_EOT) + b           h the caption decoder's state at the end of the question
+answer         logits = W LN(h_EOT) + b           h the caption decoder's state at the end of the question,
+                                                  or the fusion encoder's [CLS] where no captions are learned
 """
 
 import json
@@ -78,9 +79,11 @@ def label_logits(model: Any, head: LabelHead, images: Tensor) -> Tensor:
     return head(model.encode_image(images).features)
 
 
-def answer_logits(model: Any, head: AnswerHead, patches: Tensor, questions: Tensor) -> Tensor:
-    """Logits (B, answers) of questions (B, T) int64 about images of which captioning sees `patches` (B, K, D)."""
-    states = model.caption_decoder.states(model.text.words(questions), patches)
+def answer_logits(model: Any, head: AnswerHead, images: Any, questions: Tensor) -> Tensor:
+    """Logits (B, answers) of questions (B, T) int64 about B encoded images."""
+    if model.caption_decoder is None:
+        return head(model.fused(model.encode_text(questions), model.view_images(images)))
+    states = model.caption_decoder.states(model.text.words(questions), images.memory)
     last = (questions == model.config.text.eot_id).int().argmax(1)
     return head(states.gather(1, last[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1))
 

@@ -21,7 +21,7 @@ from train.resuming import add_restart, check_end, check_restart, check_resumed,
 from train.run_folder import check_writable, checkpoint_steps, free_run_dir, read_run_config, resume_dir
 from train.tasks.class_names import class_names, templates
 from train.tasks.facts import model_folder, model_settings
-from train.tasks.options import FINETUNED, TaskOptions, check_meant, check_objectives, check_task
+from train.tasks.options import FINETUNED, TaskOptions, check_answering, check_meant, check_objectives, check_task
 from train.tasks.sources import holds_out, open_source
 
 # How long a run is, and how it is watched and saved, may change when it is resumed.
@@ -223,6 +223,8 @@ def _open(config: FinetuneConfig, world: int) -> tuple[Source, Source]:
     data, options = config.data, config.options
     settings = model_settings(Path(config.model))
     check_objectives(config.task, settings["objectives"], config.model)
+    if config.task == "vqa":
+        check_answering(config.options.vqa, settings["objectives"], config.model)
     if config.task == "grounding" and "bbox" not in settings["objectives"]:
         raise ConfigError(
             f"--model {config.model}: fine-tuning regresses boxes, which needs a model trained with 'bbox'; "

@@ -99,8 +99,7 @@ class AnswerChoosing(Objective):
 
     def forward(self, images: Tensor, rows: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
         questions, target = AnswerRows.decode(rows, self.head.linear.out_features)
-        patches = self.model.encode_image(images).memory
-        logits = answer_logits(self.model, self.head, patches, questions).float()
+        logits = answer_logits(self.model, self.head, self.model.encode_image(images), questions).float()
         count = per_rank(target.sum(1).gt(0).sum(), group)
         loss = -(target * logits.log_softmax(1)).sum() / count
         return loss, loss

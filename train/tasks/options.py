@@ -24,7 +24,8 @@ _NEEDS = {
     "retrieval": ("itc",),
     "zeroshot": ("itc",),
     "captioning": ("ic",),
-    "vqa": ("ic",),
+    # Without captioning answers are classified only, by a head that fine-tuning makes.
+    "vqa": ("ic", *_FUSED),
     "choice": ("ic",),
     "grounding": ("bbox", "itm"),
     "nlvr": _FUSED,
@@ -151,6 +152,15 @@ def check_objectives(task: str, objectives: tuple[str, ...], model: object) -> N
         needed is None or set(needed) & set(objectives),
         f"--model {model}: {task} needs a model trained with the objective "
         f"{' or '.join(repr(name) for name in needed or ())}; it has {', '.join(objectives)}",
+    )
+
+
+def check_answering(method: str, objectives: tuple[str, ...], model: object) -> None:
+    """Raises ConfigError where a model cannot answer questions that way."""
+    require(
+        method == "classify" or "ic" in objectives,
+        f"--model {model}: vqa={method} needs a model trained with the objective 'ic'; it has {', '.join(objectives)}; "
+        "train/finetune.py vqa makes it classify answers",
     )
 
 

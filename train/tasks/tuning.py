@@ -187,6 +187,8 @@ def judge_untuned(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> No
     task = "zeroshot" if config.task == "classification" else config.task
     if task == "nlvr" or (task == "zeroshot" and not model.config.learns("itc")):
         return
+    if task == "vqa" and not model.config.learns("ic"):
+        return
     method = vqa_method("auto", facts)
     how: dict[str, Any] = {"method": "rank" if method == "classify" else method}
     if task == "vqa":

@@ -123,7 +123,7 @@ def evaluate(
 
 def _classified(model: Any, tokenizer: Any, head: Head, images: Any, questions: list[str], device: Any) -> list[str]:
     tokens = tokenizer.encode(questions, model.config.text.context_length).to(device)
-    best = answer_logits(model, head.module, images.memory, tokens).argmax(1)
+    best = answer_logits(model, head.module, images, tokens).argmax(1)
     return [head.names[i] for i in best.tolist()]
 
 

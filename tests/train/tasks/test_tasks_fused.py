@@ -31,12 +31,14 @@ from train.data.sample import Region, Skipped
 from train.grounding import best_fixed_box, right_choices
 from train.tasks.fused_objectives import Locating, Matching, Stating
 from train.tasks.grounding import method_of
-from train.tasks.heads import Head, StatementHead, load_head, save_task
+from train.tasks.heads import AnswerHead, Head, StatementHead, load_head, save_task
 from train.tasks.heat import best_rectangles, match_heat
 from train.tasks.judge import judge
 from train.tasks.nlvr import statement_batches, statement_logits
-from train.tasks.options import TaskOptions
+from train.tasks.objectives import AnswerChoosing
+from train.tasks.options import TaskOptions, check_answering
 from train.tasks.rerank import candidates, match_scores, ranked_anew
+from train.tasks.rows import AnswerRows
 from train.tasks.sources import open_source
 
 SIZE = 32
@@ -298,6 +300,34 @@ def test_matching_and_contrast_are_weighed_as_in_pre_training(tokenizer):
     assert loss.item() == pytest.approx((itc + 0.5 * itm).item()) and itm > 0
     loss.backward()
     assert objective.model.itm_head.out.weight.grad.abs().sum() > 0
+
+
+def test_questions_are_answered_through_the_fusion_encoder(model, tokenizer):
+    torch.manual_seed(0)
+    head = AnswerHead(16, 3)
+    images = normalise(torch.stack([torch.from_numpy(s.image) for s in scenes(3)]))
+    asked = [
+        ("is there a star?", ["yes"] * 3),
+        ("what color is it?", ["red", "blue", "red"]),
+        ("how many?", ["unknown"]),
+    ]
+    rows = AnswerRows(tokenizer, ("yes", "red", "blue")).encode([json.dumps([*a, 0]) for a in asked], 24)
+    loss, _ = AnswerChoosing(deepcopy(model), head)(images, rows, None, None, [3])
+    questions, target = AnswerRows.decode(rows, 3)
+    with torch.no_grad():
+        views = model.view_images(model.encode_image(images))
+        logits = []
+        for row in range(2):
+            text = model.encode_text(questions[row : row + 1])
+            logits.append(head(model.fused(text, views._replace(seen=views.seen.of(torch.tensor([row])))))[0])
+    expected = -(target[:2] * torch.stack(logits).log_softmax(1)).sum() / 2
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    source = open_source("vqa", "scenes", "val", image_size=SIZE)
+    how = {"options": FEW, "device": CPU, "head": Head(head.eval(), ("yes", "red", "blue")), "method": "classify"}
+    found = judge("vqa", model, tokenizer, source, **how).outcome
+    assert {row["answer"] for row in found.figures["answers"]} <= {"yes", "red", "blue"}
+    with pytest.raises(ConfigError, match="vqa=rank needs a model trained with the objective 'ic'"):
+        check_answering("rank", CONFIG.objectives, "m")
 
 
 @pytest.fixture(scope="module")

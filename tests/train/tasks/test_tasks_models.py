@@ -280,7 +280,7 @@ def test_answer_targets_follow_the_agreement_of_people(model, tokenizer, images)
     torch.manual_seed(0)
     head = AnswerHead(16, 3)
     loss, _ = AnswerChoosing(model, head)(images, rows, None, None, SHARES)
-    logits = answer_logits(model, head, model.encode_image(images).patches, questions)
+    logits = answer_logits(model, head, model.encode_image(images), questions)
     expected = -(target * logits.log_softmax(1)).sum() / 2
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
