@@ -96,12 +96,16 @@ def place(tmp_path_factory) -> Path:
 
     from sycoca.model import SyCoCa
     from sycoca.tokenizer import Tokenizer
-    from tests.sycoca.commands.conftest import CAPTIONS, CONFIG
+    from sycoca.xvlm import XVLM
+    from tests.sycoca.commands.conftest import BOXES, CAPTIONS, CONFIG
 
     place = tmp_path_factory.mktemp("reader")
     torch.manual_seed(0)
     model = SyCoCa(CONFIG).eval()
     model.save_pretrained(place / "runs" / "tiny" / "model", tokenizer=Tokenizer.train(CAPTIONS, 280))
+    torch.manual_seed(0)
+    found = Tokenizer.train_wordpiece(CAPTIONS, 80)
+    XVLM(BOXES).eval().save_pretrained(place / "runs" / "xvlm_tiny" / "model", tokenizer=found)
     (place / "photos").mkdir()
     for number in range(4):
         pixels = np.random.default_rng(number).integers(0, 255, (50, 60, 3), dtype=np.uint8)

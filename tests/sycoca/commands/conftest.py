@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 
 from sycoca.__main__ import main
-from sycoca.config import CaptionDecoderConfig, ImageDecoderConfig, MaskingConfig, ModelConfig, TextConfig, VisionConfig
+from sycoca.config import (
+    CaptionDecoderConfig,
+    FusionConfig,
+    ImageDecoderConfig,
+    MaskingConfig,
+    ModelConfig,
+    TextConfig,
+    VisionConfig,
+)
 from sycoca.model import SyCoCa
 from sycoca.tokenizer import Tokenizer
 
@@ -22,6 +30,16 @@ CONFIG = ModelConfig(
     caption_decoder=CaptionDecoderConfig(depth=1, heads=2),
     image_decoder=ImageDecoderConfig(depth=1, width=16, heads=2),
     masking=MaskingConfig(score_space="local", masked_input="drop"),
+)
+# X-VLM with boxes.
+BOXES = replace(
+    CONFIG,
+    vision=replace(CONFIG.vision, local_depth=1),
+    text=TextConfig(
+        context_length=16, vocab_size=80, width=16, depth=1, heads=2, kind="bidirectional", mask_id=3, sot_id=1
+    ),
+    fusion=FusionConfig(depth=1, heads=2),
+    objectives=("itc", "itm", "bbox"),
 )
 COCA = replace(CONFIG, objectives=("itc", "ic"), masking=MaskingConfig(drop_ratio=0.0))
 

@@ -1,28 +1,16 @@
 """The command that draws what a phrase describes: the boxes of the model, in the pixels of the picture."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sycoca.config import FusionConfig, ModelConfig, TextConfig
 from sycoca.locate import Located, draw_boxes, locate
 from sycoca.tokenizer import Tokenizer
 from sycoca.xvlm import XVLM
-from tests.sycoca.commands.conftest import CAPTIONS, CONFIG
-
-BOXES: ModelConfig = replace(
-    CONFIG,
-    vision=replace(CONFIG.vision, local_depth=1),
-    text=TextConfig(
-        context_length=16, vocab_size=80, width=16, depth=1, heads=2, kind="bidirectional", mask_id=3, sot_id=1
-    ),
-    fusion=FusionConfig(depth=1, heads=2),
-    objectives=("itc", "itm", "bbox"),
-)
+from tests.sycoca.commands.conftest import BOXES, CAPTIONS
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,10 @@
 
 import json
 import pickle
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from train.data import open_dataset
 from train.data.convert import main
 from train.data.convert_common import stream_list
 from train.data.convert_flickr30k import plain_caption
-from train.data.region_lines import offsets_file, scan_lines
+from train.data.region_lines import offsets_file, read_elem, scan_lines
 from train.data.sample import DataError
 
 
@@ -97,6 +100,41 @@ IMAGE_DATA = [
     {"image_id": 4, "width": 10, "height": 10},
 ]
 AREA = {"x": 20, "y": 10}
+
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "guides" / "boxes.md"
+
+
+def test_the_page_word_for_word(tmp_path, monkeypatch, capsys):
+    """Every conversion of the page in its order, then training on what it made, as far as opening it."""
+    monkeypatch.chdir(tmp_path)
+    dump(tmp_path / "annotations" / "instances_train2017.json", INSTANCES)
+    captions = {"images": [image(n) for n in (1, 2, 3)], "annotations": [{"image_id": 1, "caption": "a dog"}]}
+    for name in ("annotations", "coco"):
+        dump(tmp_path / name / "captions_train2017.json", captions)
+    items = [{**AREA, "width": 100, "height": 50, "phrase": "x"}]
+    dump(tmp_path / "region_descriptions.json", [{"id": 1, "regions": items}])
+    dump(tmp_path / "attributes.json", [{"image_id": 1, "attributes": [{**AREA, "w": 9, "h": 5, "names": ["x"]}]}])
+    dump(tmp_path / "image_data.json", IMAGE_DATA)
+    dump(tmp_path / "refcoco+" / "instances.json", INSTANCES)
+    (tmp_path / "refcoco+" / "refs(unc).p").write_bytes(pickle.dumps(references(), protocol=2))
+    for name, content in (("Annotations/7.xml", XML), ("Sentences/7.txt", SENTENCES), ("train.txt", "7")):
+        dump(tmp_path / "flickr30k_entities" / name, content)
+    picture(tmp_path / "flickr30k-images" / "7.jpg")
+    picture(tmp_path / "train2017" / f"{1:012d}.jpg")
+    blocks = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    conversions = [line[3:] for line in lines if line[:3] == ["python", "-m", "train.data.convert"]]
+    assert {c[0] for c in conversions} == {"coco-instances", "visual-genome", "refcoco", "flickr30k-entities", "index"}
+    for words in conversions:
+        assert main(words) == 0, (words, capsys.readouterr())
+    sources = [
+        word.removeprefix("data.regions=") for line in lines for word in line if word.startswith("data.regions=")
+    ]
+    assert len(open_dataset(sources[0], whole=True)) == 2 and len(open_dataset("entities")) == 1
+    shown = json.loads(re.search(r"```text\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1])
+    region = read_elem(shown["elems"][0], shown["width"], shown["height"])
+    assert region.attributes == {"phrases": ("closed window", "small window")}
 
 
 @pytest.mark.parametrize("kind", ["regions", "attributes", "objects"])

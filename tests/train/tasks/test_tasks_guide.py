@@ -15,6 +15,7 @@ from sycoca.presets import MODEL_PRESETS
 from train import evaluate
 from train.tasks import launch
 from train.tasks.class_names import CLASSES
+from train.tasks.options import EVALUATED, FINETUNED
 
 ROOT = Path(__file__).resolve().parents[3]
 GUIDE = (ROOT / "docs" / "guides" / "tasks.md").read_text(encoding="utf-8")
@@ -44,16 +45,21 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "green").save(buffer, "JPEG")
-    for run in ("flickr", "captioning"):
+    for run, preset in (("flickr", "tiny"), ("captioning", "tiny"), ("xvlm", "xvlm_tiny")):
         folder = place / "runs" / run / "model"
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(to_dict(MODEL_PRESETS["tiny"])), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(to_dict(MODEL_PRESETS[preset])), encoding="utf-8")
         (folder / "model.safetensors").write_bytes(b"")
     for name in ("flickr30k", "coco"):
         table(place / name / "captions.tsv")
     for name in ("cifar10/train.tar", "cifar10/test.tar", "train.tar", "test.tar"):
         labelled(place / name, buffer.getvalue())
-    for folder in ("val", "val2014", "val2017"):
+    line = {"image_rpath": COCO, "width": 8, "height": 8, "elems": [{"caption": "a dog", "bb": [1, 1, 4, 4]}]}
+    for name, count in (("train", 140), ("val", 2), ("testA", 2)):
+        path = place / "refcoco_plus" / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text((json.dumps(line) + "\n") * count, encoding="utf-8")
+    for folder in ("val", "val2014", "val2017", "nlvr2"):
         (place / folder).mkdir()
         (place / folder / COCO).write_bytes(buffer.getvalue())
     asked = {"question_id": 1, "image_id": 1, "question": "what?"}
@@ -65,6 +71,8 @@ def place(tmp_path_factory):
         "questions.json": {"questions": [asked]},
         "answers.json": {"annotations": [asked | {"answers": [{"answer": "yes"}]}]},
         "aokvqa_val.json": [asked | {"question_id": "x", "choices": ["a", "b"], "correct_choice_idx": 0}],
+        "train.json": [{"images": [COCO, COCO], "sentence": "two", "label": "True"}] * 140,
+        "dev.json": [{"images": [COCO, COCO], "sentence": "two", "label": "False"}] * 2,
         "sugar_crepe/swap_obj.json": {"0": {"filename": COCO, "caption": "a", "negative_caption": "b"}},
     }
     for name, content in contents.items():
@@ -89,7 +97,7 @@ def test_command_of_the_guide(line, place, monkeypatch):
 
 def test_the_guide_shows_every_task_and_both_scripts():
     named = {shlex.split(line)[2] for line in LINES}
-    assert named >= {"retrieval", "captioning", "vqa", "zeroshot", "probe", "choice", "pairs", "classification"}
+    assert named >= {*EVALUATED, *FINETUNED}
 
 
 def test_what_holds_nothing_out_needs_a_source_to_be_judged_on(place, monkeypatch):
