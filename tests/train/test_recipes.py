@@ -10,11 +10,15 @@ import torch
 
 from sycoca.config import ConfigError
 from sycoca.masking import step_plan
-from sycoca.model import Batch, SyCoCa
+from sycoca.mlm import mask_words
+from sycoca.model import Batch
+from sycoca.regions import RegionBatch
 from sycoca.tokenizer import Tokenizer
+from sycoca.xvlm import XBatch, build_model
 from train.command_line import apply_overrides
 from train.config import PRESETS
 from train.data import batches, open_dataset
+from train.data.region_batches import region_batches
 from train.launch import parse
 from train.recipe import chosen, read, recipes
 
@@ -34,6 +38,7 @@ SMALL = {
     "model.image_decoder.heads": 2,
     "model.masking.local_group": 4,
 }
+SMALL_FUSED = {"model.vision.local_depth": 1, "model.fusion.depth": 1, "model.fusion.heads": 2}
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -48,7 +53,8 @@ def test_a_recipe_says_what_it_does(name):
     # The command as it stands, but for the data.
     begin = command.index("train/pretrain.py") + 1
     arguments = [
-        "scenes" if before == "--data" else word for before, word in zip(command[begin - 1 :], command[begin:])
+        "scenes" if before == "--data" else re.sub("^data.regions=.*", "data.regions=scenes", word)
+        for before, word in zip(command[begin - 1 :], command[begin:])
     ]
     launch = parse(arguments, script=SCRIPT, has_cuda=False)
     assert launch.config.preset == name and launch.run_dir.name.startswith(name)
@@ -60,31 +66,42 @@ def test_a_recipe_says_what_it_does(name):
 
 @pytest.mark.parametrize("name", recipes())
 def test_a_recipe_learns_on_eight_synthetic_samples(name):
-    config = apply_overrides(chosen(name, False), SMALL)
+    config = chosen(name, False)
+    fused = config.model.fusion is not None
+    config = apply_overrides(config, SMALL | SMALL_FUSED if fused else SMALL)
     source = open_dataset("scenes?count=8&fresh=false", image_size=config.model.vision.image_size)
     text = dataclasses.replace(config.model.text, vocab_size=320, pad_id=0, sot_id=1, eot_id=2)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
-    tokenizer = Tokenizer.train(source.texts(), text.vocab_size)
-    loader = batches(
-        source,
-        tokenizer,
-        global_batch=8,
-        image_size=config.model.vision.image_size,
-        context_length=text.context_length,
-        crop_scale=config.data.crop_scale,
-    )
+    tokenizer = (Tokenizer.train_wordpiece if fused else Tokenizer.train)(source.texts(), text.vocab_size)
+    form = {"image_size": config.model.vision.image_size, "context_length": text.context_length}
+    loader = batches(source, tokenizer, global_batch=8, crop_scale=config.data.crop_scale, **form)
+    regions = None
+    if fused:
+        how = {name: getattr(config.data, name) for name in ("max_regions", "whole_share", "flip")}
+        how |= {"grid": config.model.vision.grid, "crop": config.data.region_crop}
+        regions = region_batches(source, tokenizer, elements=8, **how, **form)
     torch.manual_seed(0)
-    model = SyCoCa(config.model)
+    model = build_model(config.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     totals = []
     for step in range(5):
-        losses = model(Batch(*next(loader)[:4]), step_plan(config.model, 90 + step, 100, 0), None, [8])
+        batch = Batch(*next(loader)[:4])
+        if regions is not None:
+            boxes = RegionBatch(*next(regions)[:8])
+            hidden = [
+                mask_words(part.tokens, part.seeds, tokenizer.continues(), text, config.model.words)
+                for part in (batch, boxes)
+            ]
+            batch = XBatch(batch, boxes, *hidden)
+        losses = model(batch, step_plan(config.model, 90 + step, 100, 0), None, [8])
         optimizer.zero_grad()
         losses.total.backward()
         optimizer.step()
         totals.append(losses.total.item())
     assert all(loss == loss for loss in totals) and totals[-1] < totals[0]
     assert (losses.tgmim > 0) == name.startswith("sycoca")
+    if fused:
+        assert min(losses.itm, losses.mlm, losses.region_itm, losses.region_mlm, losses.l1, losses.giou) > 0
 
 
 def test_baselines_differ_only_in_what_makes_them_baselines():

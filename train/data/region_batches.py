@@ -101,6 +101,10 @@ class Form(NamedTuple):
     flip: float
 
 
+class _NoRegion(BadSample):
+    """An image that has no phrase with a box."""
+
+
 class _Elements(Maker):
     """Makes region batches."""
 
@@ -144,6 +148,10 @@ class _Elements(Maker):
         for number in self._candidates(epoch, pack, place, chosen):
             try:
                 seen = self._see(epoch, number)
+            except _NoRegion as none:
+                # The sample may be sound, so that it is not counted among those that are not.
+                self.source.skipped.part(f"{none.key} regions", none.cause, none.key)
+                continue
             except BadSample as bad:
                 faults.append((bad.key, bad.cause, number % len(self.source)))
                 continue
@@ -153,7 +161,7 @@ class _Elements(Maker):
                 return images
         raise DataError(
             f"data source '{self.source.name}': {len(images)} usable images found for {self.plan.pack} elements, "
-            f"{missing} short{f'; {faults[-1][:2]}' if faults else ''}"
+            f"{missing} short; {self.source.skipped.line() or faults[-1:]}"
         )
 
     def _candidates(self, epoch: int, pack: int, place: int, chosen: np.ndarray) -> Iterator[int]:
@@ -211,7 +219,9 @@ class _Elements(Maker):
             else:
                 found.setdefault((plain(region.phrase), region.box), region)
         if not found:
-            raise BadSample("no region can be used" if sample.regions else "image without a region", sample.key)
+            raise _NoRegion(
+                "no region of an image can be used" if sample.regions else "image without a region", sample.key
+            )
         return list(found.values())
 
 

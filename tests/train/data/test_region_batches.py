@@ -173,9 +173,10 @@ def test_what_cannot_be_used_is_counted_once():
     loader = region_batches(source, TOKENIZER, elements=8, whole_share=1.0, **FORM)
     for batch in itertools.islice(loader, 30):
         assert torch.isfinite(batch.boxes).all() and (batch.boxes[:, 2:] > 0).all()
+    assert set(loader.skipped.samples.values()) == {"unreadable image"}
     assert loader.skipped.counts() == {
         "unreadable image": 1,
-        "no region can be used": 1,
+        "no region of an image can be used": 1,
         "image without a region": 1,
         "box of a region has no area": 2,
         "box of a region has swapped corners": 1,

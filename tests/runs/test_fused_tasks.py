@@ -1,0 +1,72 @@
+"""Tasks of a model with a fusion encoder as whole commands, on an untrained X-VLM and the built-in scenes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs.conftest import metric_rows
+
+pytestmark = pytest.mark.run
+SHORT = "train.steps=24 warmup_steps=4 micro_batch=16 data.workers=0 train.log_every=4 limit=24 examples=1"
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory) -> Path:
+    from sycoca.presets import MODEL_PRESETS
+    from sycoca.tokenizer import Tokenizer
+    from sycoca.xvlm import XVLM
+    from train.data import open_dataset
+
+    torch.manual_seed(0)
+    config = MODEL_PRESETS["xvlm_tiny"]
+    tokenizer = Tokenizer.train_wordpiece(open_dataset("scenes").texts(300), config.text.vocab_size)
+    folder = tmp_path_factory.mktemp("untrained") / "model"
+    XVLM(config).save_pretrained(folder, tokenizer=tokenizer)
+    return folder
+
+
+def test_boxes_are_fine_tuned_and_judged_before_and_after(command, checkout, untrained):
+    folder = checkout / "runs" / "boxes"
+    done = command(
+        f"python train/finetune.py grounding --config ds_zero2.json --model {untrained} --run-dir {folder} {SHORT}"
+    )
+    assert done.code == 0, done.err[-3000:]
+    before, after = (json.loads((folder / f"{name}.json").read_text()) for name in ("before", "after"))
+    assert before["results"]["phrases"] == after["results"]["phrases"] > 60
+    rows = metric_rows(folder)
+    assert rows[-1]["l1"] < rows[0]["l1"] and "Acc@0.5" in done.out
+    again = command(
+        f"python train/evaluate.py grounding --model {folder} grounding=heat limit=8 --out {folder / 'judged'}"
+    )
+    assert again.code == 0, again.err[-3000:]
+    assert json.loads((folder / "judged" / "grounding-scenes-val.json").read_text())["results"]["method"] == "heat"
+
+
+def test_statements_are_fine_tuned_and_judged_again(command, checkout, untrained):
+    folder = checkout / "runs" / "statements"
+    done = command(
+        f"python train/finetune.py nlvr --config ds_zero2.json --model {untrained} --run-dir {folder} {SHORT}"
+    )
+    assert done.code == 0, done.err[-3000:]
+    assert not (folder / "before.json").exists()
+    after = json.loads((folder / "after.json").read_text())["results"]
+    done = command(f"python train/evaluate.py nlvr --model {folder} limit=24 --out {folder / 'judged'}")
+    assert done.code == 0, done.err[-3000:]
+    again = json.loads((folder / "judged" / "nlvr-scenes-val.json").read_text())["results"]
+    assert again["statements"] == 24 and again["accuracy"] == after["accuracy"]
+    refused = command(f"python train/evaluate.py nlvr --model {untrained}")
+    assert refused.code == 2 and "make one with train/finetune.py nlvr" in refused.err
+
+
+def test_retrieval_is_tuned_with_matching_and_ranked_anew(command, checkout, untrained):
+    folder = checkout / "runs" / "matched"
+    done = command(
+        f"python train/finetune.py retrieval --config ds_zero2.json --model {untrained} --run-dir {folder} "
+        f"{SHORT} rerank=8"
+    )
+    assert done.code == 0, done.err[-3000:]
+    assert metric_rows(folder)[-1]["itm"] > 0
+    results = json.loads((folder / "after.json").read_text())["results"]
+    assert results["rerank"] == 8 and set(results["itc"]) == {"image_to_text", "text_to_image"}
