@@ -32,11 +32,12 @@ COMMANDS = {
     "deepspeed train/pretrain.py --config ds_zero2.json --preset xvlm_tiny": None,  # tests/runs/test_xvlm.py
     "python train/evaluate.py zeroshot": None,  # tests/runs/test_tasks.py
     "deepspeed train/finetune.py retrieval --config ds_zero2.json": None,  # tests/runs/test_tasks.py
-    # the next five: tests/runs/test_docs.py
+    # the next six: tests/runs/test_docs.py
     "python -m sycoca caption photos/ --model runs/tiny": None,
     "python -m sycoca embed photos/ --model runs/tiny --out photos.npy": None,
     'python -m sycoca retrieve photos/ --model runs/tiny --text "a red disc" --sheet found.html': None,
     'python -m sycoca overlay photo.jpg --caption "a red disc" --model runs/tiny --out overlay.html': None,
+    'python -m sycoca locate photo.jpg "a red square" --model runs/xvlm_tiny': None,
     "python -m sycoca doctor": None,
     "pytest bench/ --benchmark-only": None,  # tests/runs/test_bench.py
     "python -m bench.step": None,  # tests/runs/test_bench.py
