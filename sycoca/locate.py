@@ -69,16 +69,18 @@ def shown(boxes: Tensor) -> Tensor:
 
 
 def draw_boxes(image: Image.Image | np.ndarray, found: Sequence[Located]) -> Image.Image:
-    """A copy of an image with a labelled frame for each phrase."""
+    """A copy of an image with a frame for each phrase, labelled by it; an empty one has a white frame and no label."""
     image = as_pil(image).convert("RGB").copy()
     painter = ImageDraw.Draw(image)
     width, height = image.size
     font = ImageFont.load_default(max(_LEAST_FONT_PX, min(width, height) // 28))
     line = max(2, min(width, height) // 160)
     for place, (phrase, box, match) in enumerate(found):
-        colour = _COLOURS[place % len(_COLOURS)]
+        colour = _COLOURS[place % len(_COLOURS)] if phrase else "white"
         x0, y0, x1, y1 = (round(side * size) for side, size in zip(box, (width, height) * 2))
         painter.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=line)
+        if not phrase:
+            continue
         label = phrase if match is None else f"{phrase}  {match:.0%}"
         _, top, right, bottom = painter.textbbox((0, 0), label, font=font)
         w, h = right + 6, bottom + 6

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sycoca.config import ConfigError
 from sycoca.images import as_pil, normalise
-from sycoca.locate import whole_image
+from sycoca.locate import shown, whole_image
 from sycoca.regions import iou
 from train.data.box_augment import View, seen_box
 from train.data.regions import box_fault
@@ -164,15 +164,21 @@ def _examples(
         rows.setdefault(image, []).append(row)
     found = []
     for image, mine in rows.items():
+        true, located = _corners(torch.tensor([targets[row] for row in mine])), _corners(predicted[mine])
         lines = [
-            (phrases[row], f"IoU {overlaps[row]:.2f}, found {_told(predicted[row].tolist())}, is {_told(targets[row])}")
-            for row in mine
+            (f"{place} {phrases[row]}", f"IoU {overlaps[row]:.2f}, found at {_told(located[place - 1])}")
+            for place, row in enumerate(mine, 1)
         ]
-        found.append(Example(share([overlaps[row] for row in mine]), indices[image], keys[image], tuple(lines)))
+        boxes = [*(("", box) for box in true), *((str(place), box) for place, box in enumerate(located, 1))]
+        score = share([overlaps[row] for row in mine])
+        found.append(Example(score, indices[image], keys[image], tuple(lines), tuple(boxes)))
     return found
 
 
-def _told(box: Any) -> str:
-    """Corners in per cent of the picture."""
-    cx, cy, w, h = box
-    return " ".join(f"{100 * side:.0f}" for side in (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
+def _corners(boxes: Tensor) -> list[tuple[float, ...]]:
+    return [tuple(box) for box in shown(boxes).tolist()]
+
+
+def _told(corners: tuple[float, ...]) -> str:
+    """Corners in per cent of the sides."""
+    return " ".join(f"{100 * side:.0f}" for side in corners)

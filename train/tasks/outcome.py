@@ -11,12 +11,16 @@ from train.data.sample import BadSample, Skipped
 
 
 class Example(NamedTuple):
-    """A sample as a person looks at it: how well the model did, the image's place in its source, lines of text."""
+    """A sample as a person looks at it: how well the model did, the image's place in its source, lines of text.
+
+    `boxes` are labels with (x0, y0, x1, y1) in 0..1 of the image; those without a label are the true ones.
+    """
 
     score: float
     index: int
     key: str
     lines: tuple[tuple[str, str], ...]
+    boxes: tuple[tuple[str, tuple[float, float, float, float]], ...] = ()
 
 
 class Outcome(NamedTuple):

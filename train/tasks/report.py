@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sycoca.locate import Located, draw_boxes
 from sycoca.page import figure, page, picture_uri, text
 from train.tasks.outcome import Example, Outcome
 
@@ -123,5 +124,7 @@ def _example(example: Example, source: Any) -> str:
     note = f'<p class="quiet">{text(example.key)}, score {_number(example.score)}</p>'
     image = source.image(example.index)[0] if hasattr(source, "image") else source[example.index].image
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image.copy()
+    if example.boxes:
+        image = draw_boxes(image, [Located(label, box, None) for label, box in example.boxes])
     image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
     return figure(f'<img src="{picture_uri(np.asarray(image))}" alt="{text(example.key)}">', lines + note)

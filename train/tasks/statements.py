@@ -48,8 +48,16 @@ class StatementSource(Source):
         raise NotImplementedError
 
     def image(self, index: int) -> tuple[Any, str]:
-        """The left image and the statement's key, for a report."""
-        return self.images(index)[0], self.statement(index).key
+        """Both images side by side and the statement's key, for a report."""
+        from PIL import Image
+
+        from sycoca.images import as_pil
+
+        left, right = (as_pil(image) for image in self.images(index))
+        whole = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), "white")
+        whole.paste(left, (0, 0))
+        whole.paste(right, (left.width, 0))
+        return whole, self.statement(index).key
 
 
 class SceneStatements(StatementSource):

@@ -55,6 +55,11 @@ def test_a_frame_is_where_the_box_is():
     assert not coloured[60:85, 60:140].any() and coloured[50:90, 50].all()
 
 
+def test_a_true_box_is_white_and_has_no_label():
+    drawn = np.asarray(draw_boxes(Image.new("RGB", (60, 60)), [Located("", (0.5, 0.5, 1, 1), None)]))
+    assert set(np.unique(drawn)) == {0, 255} and not drawn[:30].any() and drawn[30, 30:].all()
+
+
 @pytest.mark.parametrize("box", [(0, 0, 1, 1), (0, 0, 0, 0), (1, 1, 1, 1), (0.99, 0.0, 1.0, 0.01)])
 @pytest.mark.parametrize("size", [(8, 8), (300, 20), (1, 1)])
 def test_any_box_can_be_drawn(box, size):

@@ -37,6 +37,7 @@ from train.tasks.judge import judge
 from train.tasks.nlvr import statement_batches, statement_logits
 from train.tasks.objectives import AnswerChoosing
 from train.tasks.options import TaskOptions, check_answering
+from train.tasks.report import write_results
 from train.tasks.rerank import candidates, match_scores, ranked_anew
 from train.tasks.rows import AnswerRows
 from train.tasks.sources import open_source
@@ -96,7 +97,7 @@ def brute_force_boxes(model, tokenizer, samples):
     return (torch.stack(part) for part in zip(*rows))
 
 
-def test_grounding_asks_for_every_phrase_of_every_image(model, tokenizer):
+def test_grounding_asks_for_every_phrase_of_every_image(model, tokenizer, tmp_path):
     found = judge(
         "grounding",
         model,
@@ -113,6 +114,10 @@ def test_grounding_asks_for_every_phrase_of_every_image(model, tokenizer):
     assert outcome.headline["mean IoU"] == pytest.approx(overlaps.mean().item(), abs=1e-5)
     assert outcome.headline["Acc@0.5"] == pytest.approx((overlaps >= 0.5).double().mean().item())
     assert outcome.headline["Acc@0.5 of the best fixed box"] == pytest.approx(best_fixed_box(true)[1])
+    page = tmp_path / "page.html"
+    write_results(tmp_path, "page", outcome, {"model": "m", "data": "d"}, source, 2)
+    example = outcome.examples[0]
+    assert len(example.boxes) == 2 * len(example.lines) and "found at" in page.read_text(encoding="utf-8")
     assert sum(kind["phrases"] for name, kind in outcome.figures["by_size"].items() if name != "all") == len(boxes)
 
 
@@ -421,6 +426,7 @@ def test_statements_are_learned_and_judged(model, tokenizer, statements, tmp_pat
     assert isinstance(head.module, StatementHead)
     found = judge("nlvr", objective.model.eval(), tokenizer, statements, options=FEW, device=CPU, head=head).outcome
     assert found.figures["statements"] == 6 and len(found.examples) == 6
+    write_results(tmp_path, "page", found, {"model": "m", "data": "d"}, statements, 1)
     right = sum(example.score > 0 for example in found.examples)
     assert found.headline["accuracy"] == pytest.approx(right / 6)
 
