@@ -98,15 +98,8 @@ def brute_force_boxes(model, tokenizer, samples):
 
 
 def test_grounding_asks_for_every_phrase_of_every_image(model, tokenizer, tmp_path):
-    found = judge(
-        "grounding",
-        model,
-        tokenizer,
-        open_source("grounding", "scenes", "val", image_size=SIZE),
-        options=FEW,
-        device=CPU,
-    )
-    outcome = found.outcome
+    source = open_source("grounding", "scenes", "val", image_size=SIZE)
+    outcome = judge("grounding", model, tokenizer, source, options=FEW, device=CPU).outcome
     boxes, true = brute_force_boxes(model, tokenizer, scenes(6))
     overlaps = iou(boxes, true)
     assert outcome.figures["phrases"] == len(boxes) and outcome.figures["images"] == len(outcome.examples) == 6
