@@ -309,7 +309,8 @@ def region_batches(
         whole_share: share of the images whose caption is an element, where they have one, 0..1.
         crop: each view is a crop about a box drawn; otherwise the image is seen whole.
         flip: share of the views that are mirrored where no text says left or right, 0..1.
-        pack: elements that are filled together; None for the largest common divisor of `elements` and `PACK`.
+        pack: elements that are filled together; None for the largest common divisor of a rank's elements and `PACK`.
+            Equal packs give equal global batches, whatever the number of ranks.
         pin_memory: page-locked tensors; None where CUDA is.
 
     Returns:
@@ -319,7 +320,8 @@ def region_batches(
         DataError: no region in the source, or too few images for a global batch.
         ValueError: the packs of a global batch cannot be shared out evenly, or a place that is not in the epoch.
     """
-    pack = gcd(elements, PACK) if pack is None else pack
+    if pack is None:
+        pack = gcd(elements // max(1, world), PACK)
     if elements < 1 or pack < 1 or elements % (pack * world) or not 0 <= rank < world:
         raise ValueError(
             f"region batches: {elements} elements are no whole number of packs of {pack} on each of {world} ranks "

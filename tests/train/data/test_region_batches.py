@@ -115,6 +115,13 @@ def test_ranks_share_each_global_batch(world):
         assert all(len(share.ids) == 64 // world for share in shares)
 
 
+def test_any_share_can_be_taken():
+    source = Boxes(MIXED)
+    assert [len(take(1, source, elements=24 * world, world=world)[0].ids) for world in (1, 2, 3)] == [24] * 3
+    whole, first = take(1, source, elements=48, pack=8)[0], take(1, source, elements=48, world=2)[0]
+    assert torch.equal(whole.boxes[:24], first.boxes)
+
+
 def test_any_place_can_be_resumed_from():
     source = Boxes(MIXED[:48])
     whole = take(9, source)
@@ -211,7 +218,7 @@ def test_sources_that_cannot_fill_a_batch_are_refused_in_one_line():
     with pytest.raises(DataError, match=r"4 images of 4\.0 elements each do not fill a region batch of 64"):
         take(1, Boxes([3] * 4), elements=64)
     with pytest.raises(ValueError, match="no whole number of packs"):
-        take(1, Boxes(MIXED), elements=32, world=4)
+        take(1, Boxes(MIXED), elements=32, world=4, pack=16)
     with pytest.raises(DataError, match="1 usable images found for 8 elements, 4 short"):
         broken = {i: [(0.5, 0.5, 0.5, 0.9)] * 3 for i in range(9) if i != 4}
         take(1, Boxes([0, 0, 0, 0, 3, 0, 0, 0, 0], faulty=broken), elements=8, pack=8, crop=False)
