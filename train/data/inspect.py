@@ -37,6 +37,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def spread(values) -> str:
     """Smallest, median, 95th percentile and largest of some numbers."""
+    if not len(values):
+        return "none"
     low, middle, high, top = (int(v) for v in np.percentile(values, (0, 50, 95, 100), method="nearest"))
     return f"{low} / {middle} / {high} / {top}"
 
@@ -89,6 +91,11 @@ def rate(source: Source, indices: list[int], image_size: int) -> float:
     return len(indices) / (time.perf_counter() - began)
 
 
+def _said(sample: Sample) -> str:
+    """The first caption; where there is none, the phrases of the regions."""
+    return next(iter(sample.captions), "; ".join(region.phrase for region in sample.regions or ()))
+
+
 def contact_sheet(samples: list[Sample], path: Path) -> None:
     """A picture of samples with the first caption of each."""
     from PIL import Image, ImageDraw, ImageFont
@@ -105,7 +112,7 @@ def contact_sheet(samples: list[Sample], path: Path) -> None:
         image = as_pil(sample.image)
         image.thumbnail((_CELL, _CELL))
         sheet.paste(image, (left + (_CELL - image.width) // 2, top + (_CELL - image.height) // 2))
-        lines = textwrap.wrap(" ".join(sample.captions[0].split()), 28, max_lines=3, placeholder=" ...")
+        lines = textwrap.wrap(" ".join(_said(sample).split()), 28, max_lines=3, placeholder=" ...")
         draw.multiline_text((left, top + _CELL + 2), "\n".join(lines), fill=(0, 0, 0), font=font, spacing=1)
     sheet.save(path)
 

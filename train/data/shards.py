@@ -239,8 +239,8 @@ class Shards(Source):
             raise BadSample("lost: shard became shorter", key)
         return data
 
-    def _words(self, index: int) -> tuple[tuple[str, ...], str, dict]:
-        """Usable captions, key, and the sample's JSON."""
+    def _words(self, index: int, *, boxed: bool = False) -> tuple[tuple[str, ...], str, dict]:
+        """Usable captions, key, and the sample's JSON; with `boxed`, regions may stand in for captions."""
         listing, inner, descriptor, key = self._read(index)
         raw = self._part_of(listing, inner, descriptor, JSON, key)
         data: Any = {}
@@ -259,7 +259,7 @@ class Shards(Source):
             captions = [data["caption"]] if isinstance(data.get("caption"), str) else []
         faults = [caption_fault(caption) for caption in captions]
         kept = tuple(caption.strip() for caption, fault in zip(captions, faults) if not fault)
-        if not kept:
+        if not kept and not (boxed and data.get("regions")):
             raise BadSample(faults[0] if faults else "missing caption", key)
         for place, fault in enumerate(faults):
             if fault:
@@ -290,7 +290,7 @@ class Shards(Source):
             raise BadSample(error.cause, key) from None
 
     def __getitem__(self, index: int) -> Sample:
-        captions, key, data = self._words(index)
+        captions, key, data = self._words(index, boxed=True)
         return Sample(self._image(index, key), captions, key, self._regions(index, data, key))
 
     def pair(self, index: int, pick: int):
@@ -315,7 +315,7 @@ class Shards(Source):
         return self._words(index)[0]
 
     def region_count(self, index: int) -> int:
-        found = self._words(index)[2].get("regions")
+        found = self._words(index, boxed=True)[2].get("regions")
         return len(found) if isinstance(found, list) else 0
 
     def texts(self, limit: int | None = None):

@@ -10,6 +10,8 @@ from PIL import Image
 
 from tests.train.data.test_region_batches import FORM, TOKENIZER, same
 from train.data import BadSample, DataError, check_source, open_dataset, readable
+from train.data.inspect import main as inspect
+from train.data.prepare import main as prepare
 from train.data.region_batches import region_batches
 from train.data.region_lines import line_offsets, offsets_file, read_elem, scan_lines
 
@@ -182,6 +184,26 @@ def test_region_batches_of_lines_do_not_depend_on_workers(tmp_path):
         return found
 
     assert all(map(same, made(0), made(2)))
+
+
+def test_lines_without_captions_survive_shards_and_can_be_looked_at(tmp_path, capsys):
+    elem = {**ELEM, "attributes": ["bright", "dark"]}
+    lines = [{"image": "a.png", "elems": [elem, {**ELEM, "bb": [x, 2, 9, 9]}]} for x in range(12)]
+    source = opened(tmp_path, *lines)
+    spec = f"{tmp_path / 'lines.jsonl'}"
+    assert prepare([spec, str(tmp_path / "shards"), "--splits", "train", "--workers", "1"]) == 0
+    assert inspect([spec, "--sheet", str(tmp_path / "sheet.png")]) == 0 and (tmp_path / "sheet.png").stat().st_size > 0
+    assert "none   (min / median" in capsys.readouterr().out
+    kept = open_dataset(spec, "train")
+    shards = open_dataset(str(tmp_path / "shards"), "train")
+    assert len(shards) == len(kept) and shards.region_count(0) == 2
+    for index in range(len(kept)):
+        read, stored = kept[index], shards[index]
+        assert stored.captions == () and [r.box for r in stored.regions] == [r.box for r in read.regions]
+        assert stored.regions[0].attributes == {"phrases": ["bright a red box", "dark a red box"]}
+    with pytest.raises(BadSample, match="missing caption"):
+        shards.pair(0, 0)
+    assert len(source) == 12
 
 
 def test_wrong_specifications_are_told_in_one_line(tmp_path):
