@@ -232,15 +232,16 @@ class XVLM(SyCoCa):
         """Logits (B, 2) fp32 of "does not match" and "matches" for B texts, each with its view."""
         if self.itm_head is None:
             raise ValueError("match: the model was built without the objective 'itm'")
-        return self.itm_head(self._first(text, views)).float()
+        return self.itm_head(self.fused(text, views)).float()
 
     def locate(self, text: TextFeatures, views: Views) -> Tensor:
         """Boxes (B, 4) fp32, (cx, cy, w, h) in 0..1, of what B texts describe in the whole images of their views."""
         if self.box_head is None:
             raise ValueError("locate: the model was built without the objective 'bbox'")
-        return self.box_head(self._first(text, views)).float().sigmoid()
+        return self.box_head(self.fused(text, views)).float().sigmoid()
 
-    def _first(self, text: TextFeatures, views: Views) -> Tensor:
+    def fused(self, text: TextFeatures, views: Views) -> Tensor:
+        """States (B, D) of [CLS] in B texts, each with its view, for heads on top of the fusion encoder."""
         asking = torch.zeros(len(text.words), 1, dtype=torch.int64, device=text.words.device)
         valid = text.valid | (torch.arange(text.valid.shape[1], device=asking.device) == 0)
         return self._fusion()(text.words, valid, views.tables, views.seen, asking).squeeze(1)

@@ -111,6 +111,8 @@ class HeldOut:
         """A sample, None where it cannot be used, which is counted."""
         try:
             sample = self._dataset[index]
+            if not sample.captions:
+                raise BadSample("image without a caption", sample.key)
         except BadSample as bad:
             self._samples[index], self._skipped[index] = None, bad.cause
             return None

@@ -86,8 +86,7 @@ def rate(source: Source, indices: list[int], image_size: int) -> float:
     draws = np.random.default_rng(0)
     began = time.perf_counter()
     for index in indices:
-        image, _, _ = source.pair(index, 0)
-        normalise(torch.from_numpy(random_image(image, image_size, draws)))
+        normalise(torch.from_numpy(random_image(source[index].image, image_size, draws)))
     return len(indices) / (time.perf_counter() - began)
 
 
