@@ -193,7 +193,7 @@ def test_lines_without_captions_survive_shards_and_can_be_looked_at(tmp_path, ca
     spec = f"{tmp_path / 'lines.jsonl'}"
     assert prepare([spec, str(tmp_path / "shards"), "--splits", "train", "--workers", "1"]) == 0
     assert inspect([spec, "--sheet", str(tmp_path / "sheet.png")]) == 0 and (tmp_path / "sheet.png").stat().st_size > 0
-    assert "none   (min / median" in capsys.readouterr().out
+    assert "captions an image   0 / 0 / 0 / 0" in capsys.readouterr().out
     kept = open_dataset(spec, "train")
     shards = open_dataset(str(tmp_path / "shards"), "train")
     assert len(shards) == len(kept) and shards.region_count(0) == 2
