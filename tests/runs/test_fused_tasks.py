@@ -9,7 +9,7 @@ import torch
 from tests.runs.conftest import metric_rows
 
 pytestmark = pytest.mark.run
-SHORT = "train.steps=24 warmup_steps=4 micro_batch=16 data.workers=0 train.log_every=4 limit=24 examples=1"
+SHORT = "train.steps=12 warmup_steps=2 micro_batch=16 data.workers=0 train.log_every=2 limit=16 examples=1"
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +34,9 @@ def test_boxes_are_fine_tuned_and_judged_before_and_after(command, checkout, unt
     )
     assert done.code == 0, done.err[-3000:]
     before, after = (json.loads((folder / f"{name}.json").read_text()) for name in ("before", "after"))
-    assert before["results"]["phrases"] == after["results"]["phrases"] > 60
+    assert before["results"]["phrases"] == after["results"]["phrases"] > 40
     rows = metric_rows(folder)
     assert rows[-1]["l1"] < rows[0]["l1"] and "Acc@0.5" in done.out
-    again = command(
-        f"python train/evaluate.py grounding --model {folder} grounding=heat limit=8 --out {folder / 'judged'}"
-    )
-    assert again.code == 0, again.err[-3000:]
-    assert json.loads((folder / "judged" / "grounding-scenes-val.json").read_text())["results"]["method"] == "heat"
 
 
 def test_statements_are_fine_tuned_and_judged_again(command, checkout, untrained):
@@ -52,10 +47,10 @@ def test_statements_are_fine_tuned_and_judged_again(command, checkout, untrained
     assert done.code == 0, done.err[-3000:]
     assert not (folder / "before.json").exists()
     after = json.loads((folder / "after.json").read_text())["results"]
-    done = command(f"python train/evaluate.py nlvr --model {folder} limit=24 --out {folder / 'judged'}")
+    done = command(f"python train/evaluate.py nlvr --model {folder} limit=16 --out {folder / 'judged'}")
     assert done.code == 0, done.err[-3000:]
     again = json.loads((folder / "judged" / "nlvr-scenes-val.json").read_text())["results"]
-    assert again["statements"] == 24 and again["accuracy"] == after["accuracy"]
+    assert again["statements"] == 16 and again["accuracy"] == after["accuracy"]
     refused = command(f"python train/evaluate.py nlvr --model {untrained}")
     assert refused.code == 2 and "make one with train/finetune.py nlvr" in refused.err
 
