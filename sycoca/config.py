@@ -147,12 +147,13 @@ class CaptionDecoderConfig(Strict):
 
 @dataclass(frozen=True)
 class ImageDecoderConfig(Strict):
-    """Image decoder of TG-MIM."""
+    """Image decoder of TG-MIM; with the guide `none` it never sees the caption, which is plain MIM."""
 
     depth: int
     width: int
     heads: int
     mlp_ratio: float = 4.0
+    guide: Literal["caption", "none"] = "caption"
 
     def __post_init__(self) -> None:
         _positive(self, "depth", "width", "mlp_ratio")
@@ -206,6 +207,8 @@ class MaskingConfig(Strict):
             `drop` leaves them out of the encoder and puts the token into the decoder (MAE).
         local_dim: width of the two heads of the space `local`.
         local_group: pairs that are contrasted token by token with one another.
+        mask_by, drop_by: what chooses the patches that TG-MIM masks and those that captioning does not see: the
+            score; chance; or, as a control, the boxes of what the caption describes.
     """
 
     score_space: Literal["itc", "value", "local"] = "itc"
@@ -217,6 +220,8 @@ class MaskingConfig(Strict):
     masked_input: Literal["token", "drop"] = "token"
     local_dim: int = 64
     local_group: int = 32
+    mask_by: Literal["score", "random", "oracle"] = "score"
+    drop_by: Literal["score", "random", "oracle"] = "score"
 
     def __post_init__(self) -> None:
         for name in ("mask_ratio", "drop_ratio", "ic_mask_prob", "attentive_start"):
@@ -231,7 +236,7 @@ class LossConfig(Strict):
 
     Attributes:
         local_weight: weight of the token-wise contrastive term; None means 1 while patches are selected
-            in the space `local`, else 0. Given explicitly it keeps the term without masks.
+            by the score in the space `local`, else 0. Given explicitly it keeps the term without masks.
         tgmim_kind: error of `kernels.masked_patch_loss`.
         label_smoothing: of the contrastive loss, 0..1.
         caption_label_smoothing: of the captioning loss, 0..1.
@@ -308,7 +313,7 @@ class ModelConfig(Strict):
             f"masking.block: {block} does not divide the grid of {rows} x {cols} patches",
         )
         space = self.masking.score_space
-        if self.selects and self.masking.attentive_start < 1:
+        if self.scores and self.masking.attentive_start < 1:
             if space == "local":
                 _require(self.local_weight > 0, "loss.local_weight: 0 leaves the heads of the space 'local' untrained")
             else:
@@ -372,6 +377,21 @@ class ModelConfig(Strict):
         return self.num_masked > 0 or self.num_dropped > 0
 
     @property
+    def scores(self) -> bool:
+        """Whether patches are ever selected by the score."""
+        return "score" in self._chosen_by
+
+    @property
+    def needs_boxes(self) -> bool:
+        """Whether patches are ever selected by the boxes of what a caption describes."""
+        return "oracle" in self._chosen_by
+
+    @property
+    def _chosen_by(self) -> tuple[str, ...]:
+        masks = (self.masking.mask_by,) if self.num_masked > 0 else ()
+        return masks + ((self.masking.drop_by,) if self.num_dropped > 0 else ())
+
+    @property
     def recompute(self) -> Literal["nothing", "blocks", "all but products"]:
         """What backward computes again instead of keeping it."""
         if self.selective_checkpointing:
@@ -383,7 +403,7 @@ class ModelConfig(Strict):
         """Weight of the token-wise contrastive term."""
         if self.loss.local_weight is not None:
             return self.loss.local_weight
-        return 1.0 if self.selects and self.masking.score_space == "local" else 0.0
+        return 1.0 if self.scores and self.masking.score_space == "local" else 0.0
 
     def _whole_blocks(self, ratio: float) -> int:
         area = self.masking.block**2

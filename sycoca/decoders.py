@@ -76,18 +76,19 @@ class CaptionDecoder(nn.Module):
 
 
 class ImageDecoderLayer(nn.Module):
-    """Self-attention over the image, cross-attention to the caption, MLP.
+    """Self-attention over the image, cross-attention to the caption if it guides, MLP.
 
     With `rows` (B, K) int64 only these patches ask and come out, (B, K, D); the others are still attended to.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, text_width: int) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, text_width: int | None) -> None:
         super().__init__()
+        guided = text_width is not None
         self.ln_self = LayerNorm(width)
         self.attn = CrossAttention(width, heads, width)
-        self.ln_cross = LayerNorm(width)
-        self.ln_text = LayerNorm(text_width)
-        self.cross = CrossAttention(width, heads, text_width)
+        self.ln_cross = LayerNorm(width) if guided else None
+        self.ln_text = LayerNorm(text_width) if guided else None
+        self.cross = CrossAttention(width, heads, text_width) if guided else None
         self.ln_mlp = LayerNorm(width)
         self.mlp = MLP(width, mlp_ratio)
 
@@ -96,7 +97,8 @@ class ImageDecoderLayer(nn.Module):
         if rows is not None:
             x, asking = gather_patches(x, rows), gather_patches(image, rows)
         x = x + self.attn(asking, image)
-        x = x + self.cross(self.ln_cross(x), self.ln_text(words), valid)
+        if self.cross is not None:
+            x = x + self.cross(self.ln_cross(x), self.ln_text(words), valid)
         return x + self.mlp(self.ln_mlp(x))
 
 
@@ -112,9 +114,9 @@ class ImageDecoder(nn.Module):
         self.pos = nn.Parameter(position_table(vision.grid, decoder.width))
         dropped = config.masking.masked_input == "drop"
         self.mask_token = nn.Parameter(torch.empty(decoder.width)) if dropped else None
+        text_width = config.text.width if decoder.guide == "caption" else None
         self.layers = nn.ModuleList(
-            ImageDecoderLayer(decoder.width, decoder.heads, decoder.mlp_ratio, config.text.width)
-            for _ in range(decoder.depth)
+            ImageDecoderLayer(decoder.width, decoder.heads, decoder.mlp_ratio, text_width) for _ in range(decoder.depth)
         )
         self.norm = LayerNorm(decoder.width)
         self.pixels = nn.Linear(decoder.width, vision.patch_values)

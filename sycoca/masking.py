@@ -1,6 +1,7 @@
 """Choice of the patches that TG-MIM masks and captioning drops, and of the steps on which they do.
 
 Attentive: s_i = max_j cos(v_i, t_j) in one of the score spaces. Random: a counter-based hash of (seed, patch).
+Oracle: the share of the patch inside boxes of what the caption describes, ties at random.
 """
 
 from typing import NamedTuple
@@ -14,13 +15,15 @@ from sycoca.config import ModelConfig
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _INCREMENT = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1
+# Below the area of a pixel in any patch.
+_TIE = 1e-5
 
 
 class StepPlan(NamedTuple):
     """What one step does, known on the host before it starts.
 
     Attributes:
-        attentive: masks follow the score; else TG-MIM masks at random.
+        attentive: masks follow what the configuration names; else TG-MIM masks at random.
         mask_captioning: captioning sees the kept patches only; else all.
     """
 
@@ -63,16 +66,44 @@ def select_at_random(seeds: Tensor, config: ModelConfig) -> PatchSelection:
 
     Its scores are uniform in [0, 1); order and lists are those of `kernels.attentive_select`.
     """
+    return _select_units(_draws(seeds, config), config)
+
+
+def select_described(described: Tensor, seeds: Tensor, config: ModelConfig) -> PatchSelection:
+    """The selection that an oracle makes: patches in the order of how much of them is described.
+
+    Args:
+        described: (B, P) float, share of each patch inside boxes of what the caption describes.
+        seeds: (B,) int64, decide between equal shares.
+        config: of the model.
+
+    Returns:
+        Scores, order and lists as those of `kernels.attentive_select`.
+    """
+    share = described[:, _members(config, described.device)].double().mean(2)  # (B, units)
+    return _select_units(share + _TIE * _draws(seeds, config), config)
+
+
+def _draws(seeds: Tensor, config: ModelConfig) -> Tensor:
+    """Uniform numbers (B, units) fp32 of each sample's seed."""
+    units = torch.arange(config.vision.num_patches // config.masking.block**2, device=seeds.device)
+    return _shift_right(hash_tensor(hash_tensor(seeds)[:, None] + units), 40).float() * 2.0**-24
+
+
+def _members(config: ModelConfig, device: torch.device) -> Tensor:
+    """The patches (units, block * block) of each unit, units row-major."""
     rows, cols = config.vision.grid
-    block, P = config.masking.block, config.vision.num_patches
-    units = torch.arange(P // block**2, device=seeds.device)
-    draws = _shift_right(hash_tensor(hash_tensor(seeds)[:, None] + units), 40).float() * 2.0**-24
-    # (units, block * block): the patches of each unit, units row-major
-    members = torch.arange(P, device=seeds.device).view(rows // block, block, cols // block, block)
-    members = members.transpose(1, 2).reshape(-1, block * block)
-    ranked = members[draws.argsort(dim=1, descending=True, stable=True)].flatten(1)
+    block = config.masking.block
+    members = torch.arange(rows * cols, device=device).view(rows // block, block, cols // block, block)
+    return members.transpose(1, 2).reshape(-1, block * block)
+
+
+def _select_units(values: Tensor, config: ModelConfig) -> PatchSelection:
+    """The selection of the units with the largest values (B, units)."""
+    P, members = config.vision.num_patches, _members(config, values.device)
+    ranked = members[values.argsort(dim=1, descending=True, stable=True)].flatten(1)
     scores = torch.empty_like(ranked, dtype=torch.float32)
-    scores.scatter_(1, members.flatten().expand_as(ranked), draws.repeat_interleave(block * block, dim=1))
+    scores.scatter_(1, members.flatten().expand_as(ranked), values.float().repeat_interleave(members.shape[1], dim=1))
     lists = (
         ranked[:, : config.num_masked],
         ranked[:, config.num_masked :],

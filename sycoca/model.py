@@ -21,7 +21,14 @@ from sycoca.decoders import CaptionDecoder, ImageDecoder, VocabularyHead
 from sycoca.hub_mixin import HubMixin
 from sycoca.layers import LayerNorm, LogitScale
 from sycoca.losses import global_counts, local_loss
-from sycoca.masking import StepPlan, overlap, select_at_random, select_by_score, step_plan
+from sycoca.masking import (
+    StepPlan,
+    overlap,
+    select_at_random,
+    select_by_score,
+    select_described,
+    step_plan,
+)
 from sycoca.poolers import build_pooler
 from sycoca.text import build_text_encoder, valid_tokens
 from sycoca.vision import VisionTransformer
@@ -37,12 +44,15 @@ class Batch(NamedTuple):
         tokens: (B, T) int64, [SOT] words [EOT] and padding.
         seeds: (B,) int64, randomness of each sample.
         ids: (B,) int64, equal for pairs that match one another, or None.
+        described: (B, P) float, share of each patch inside boxes of what the caption describes; None where no
+            selection asks for it.
     """
 
     images: Tensor
     tokens: Tensor
     seeds: Tensor
     ids: Tensor | None
+    described: Tensor | None = None
 
 
 class ImageFeatures(NamedTuple):
@@ -185,7 +195,7 @@ class SyCoCa(nn.Module, HubMixin):
                 itc = whole.contrast.attach(image.features, captions, scale)
             total = total + weight.itc_weight * itc
         operands = self.local(image.patches, text.words) if self.local is not None else None
-        selection, mask_overlap = self._selection(batch.seeds, plan, image, text, operands)
+        selection, mask_overlap = self._selection(batch, plan, image, text, operands)
         if self.caption_decoder is not None:
             memory = image.memory
             if plan.mask_captioning and config.num_dropped > 0:
@@ -230,6 +240,8 @@ class SyCoCa(nn.Module, HubMixin):
         """
         if not self.config.selects:
             raise ValueError("select: the model masks no patches (mask_ratio, drop_ratio or their objectives are 0)")
+        if not self.config.scores:
+            raise ValueError("select: the model's masks do not follow a score (masking.mask_by, masking.drop_by)")
         return select_by_score(*self._score_operands(image, text, None), self.config)
 
     @torch.no_grad()
@@ -281,18 +293,30 @@ class SyCoCa(nn.Module, HubMixin):
 
     @torch.no_grad()
     def _selection(
-        self, seeds: Tensor, plan: StepPlan, image: ImageFeatures, text: TextFeatures, local: LocalOperands | None
+        self, batch: Batch, plan: StepPlan, image: ImageFeatures, text: TextFeatures, local: LocalOperands | None
     ) -> tuple[PatchSelection | None, Tensor]:
         """The selection of a step, if any, and its overlap with that of the neighbour's caption."""
-        config = self.config
+        config, seeds = self.config, batch.seeds
+        mask_overlap = torch.ones((), device=seeds.device)
         if not (plan.attentive and config.selects):
-            no_matter = torch.ones((), device=seeds.device)
-            return (select_at_random(seeds, config) if config.num_masked else None), no_matter
-        patches, tokens, scored = self._score_operands(image, text, local)
-        chosen = select_by_score(patches, tokens, scored, config)
-        other = select_by_score(patches, tokens.roll(1, 0), scored.roll(1, 0), config)
-        pair = (chosen.masked, other.masked) if config.num_masked else (chosen.kept, other.kept)
-        return chosen, overlap(*pair, config.vision.num_patches)
+            return (select_at_random(seeds, config) if config.num_masked else None), mask_overlap
+        scored = None
+        if config.scores:
+            patches, tokens, valid = self._score_operands(image, text, local)
+            scored = select_by_score(patches, tokens, valid, config)
+            other = select_by_score(patches, tokens.roll(1, 0), valid.roll(1, 0), config)
+            masks = config.num_masked and config.masking.mask_by == "score"
+            pair = (scored.masked, other.masked) if masks else (scored.kept, other.kept)
+            mask_overlap = overlap(*pair, config.vision.num_patches)
+
+        def chosen(by: str) -> PatchSelection:
+            if by == "oracle":
+                return select_described(batch.described, seeds, config)
+            return scored if by == "score" else select_at_random(seeds, config)
+
+        masks = chosen(config.masking.mask_by) if config.num_masked else None
+        drops = chosen(config.masking.drop_by) if config.num_dropped else masks
+        return drops if masks is None else masks._replace(dropped=drops.dropped, kept=drops.kept), mask_overlap
 
     def _score_operands(
         self, image: ImageFeatures, text: TextFeatures, local: LocalOperands | None

@@ -75,7 +75,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         vision = config.vision
         self.recompute = config.recompute
-        self.wants_values = config.selects and config.masking.score_space == "value"
+        self.wants_values = config.scores and config.masking.score_space == "value"
         self.embed = PatchEmbedding(vision.patch_size, vision.width)
         masked_input = config.masking.masked_input if config.num_masked else None
         self.sequence = PatchSequence(vision, masked_input)

@@ -83,8 +83,8 @@ def restore_patches(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def has_scores(config: Any) -> bool:
-    """Whether a model of this configuration selects and has what its score space needs."""
-    return config.selects and (config.masking.score_space != "local" or config.local_weight > 0)
+    """Whether a model of this configuration selects by the score and has what its score space needs."""
+    return config.scores and (config.masking.score_space != "local" or config.local_weight > 0)
 
 
 @torch.no_grad()

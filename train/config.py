@@ -114,6 +114,7 @@ class TrainConfig(Section):
 
     A checkpoint is written every `save_every` steps and every `save_minutes` minutes; the `keep_last` newest stay, and
     those whose step `keep_every` divides. A loss above `spike_factor` times the median of those before is told.
+    Every `evaluate_every` steps the model is judged on the held-out pairs, as it is at the end.
     `compile` compiles the blocks, which takes minutes before the first step.
     `wandb` is the Weights & Biases project that gets the figures too.
     """
@@ -130,6 +131,7 @@ class TrainConfig(Section):
     save_minutes: float | None = None
     keep_last: int = 3
     keep_every: int | None = None
+    evaluate_every: int | None = None
     spike_factor: float | None = 2.0
     timeout_s: float = 1800.0
     compile: bool = False
@@ -137,7 +139,7 @@ class TrainConfig(Section):
 
     def __post_init__(self) -> None:
         at_least(self, steps=1, micro_batch=1, accumulation=1, global_batch=1)
-        at_least(self, log_every=1, save_every=1, keep_last=1, keep_every=1)
+        at_least(self, log_every=1, save_every=1, keep_last=1, keep_every=1, evaluate_every=1)
         _finite(self, "epochs", "timeout_s", "save_minutes", "spike_factor")
         # What torch seeds with is 64 bits wide.
         require(0 <= self.seed < 2**63, f"seed: {self.seed}, needs to be in 0..2**63, 2**63 excluded")

@@ -1,6 +1,7 @@
 """Evaluation of SyCoCa on held-out pairs: retrieval, captioning, TG-MIM, and what the selection finds.
 
-Features, captions and their likelihoods come from full images; the masks of TG-MIM are those of the score.
+Features, captions and their likelihoods come from full images; the masks of TG-MIM are those of the score, random
+ones where training never follows it.
 Beside a figure with the true caption stands the same with a stranger's: what the caption is worth.
 A figure is None where the model does not learn what it measures, the data do not tell, or the result is not finite.
 """
@@ -138,9 +139,10 @@ def _captioning(sums: _Sums, model: Any, images: Any, batch: Pairs) -> None:
 def _selection(sums: _Sums, model: Any, images: Any, texts: Any, batch: Pairs) -> None:
     config, strangers = model.config, model.encode_text(batch.strangers)
     sound = batch.counted & texts.scored.any(1) & strangers.scored.any(1)
-    selection = model.select(images, texts) if has_scores(config) else select_at_random(batch.indices, config)
+    selection = model.select(images, texts) if has_scores(config) else None
     if config.num_masked:
-        _tgmim(sums, model, texts, strangers, selection, batch.images, sound)
+        masks = selection if _masks_by_score(config) else select_at_random(batch.indices, config)
+        _tgmim(sums, model, texts, strangers, masks, batch.images, sound)
     if not has_scores(config):
         return
     other = model.select(images, strangers)
@@ -162,7 +164,11 @@ def _selection(sums: _Sums, model: Any, images: Any, texts: Any, batch: Pairs) -
 
 def _chosen(config: Any, selection: Any) -> Tensor:
     """The patches that the score puts first: those that TG-MIM masks, without it those that captioning keeps."""
-    return selection.masked if config.num_masked else selection.kept
+    return selection.masked if _masks_by_score(config) else selection.kept
+
+
+def _masks_by_score(config: Any) -> bool:
+    return config.num_masked > 0 and config.masking.mask_by == "score" and has_scores(config)
 
 
 def _tgmim(sums: _Sums, model: Any, texts: Any, strangers: Any, selection: Any, images: Tensor, sound: Tensor) -> None:
@@ -235,7 +241,8 @@ def _tgmim_figures(means: dict, config: Any) -> dict:
 
 
 def _selection_figures(means: dict, config: Any) -> dict:
-    chosen = config.num_masked or config.vision.num_patches - config.num_dropped
+    kept = config.vision.num_patches - config.num_dropped
+    chosen = config.num_masked if _masks_by_score(config) else kept
     return {
         "described_share": means["share"],
         "described_share_shuffled": means["share_shuffled"],

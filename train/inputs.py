@@ -89,6 +89,7 @@ class Inputs(NamedTuple):
     def _pairs(self, first: int) -> Iterator[tuple[Batch, Place]]:
         """This rank's pairs on the host."""
         config = self.launch.config
+        patches = config.model.vision.patch_size if config.model.needs_boxes else None
         global_batch, parts = config.train.global_batch, config.train.accumulation
         epoch, start = divmod(first, len(self.train) // global_batch)
         loader = batches(
@@ -107,11 +108,13 @@ class Inputs(NamedTuple):
             workers=config.data.workers,
             crop_scale=config.data.crop_scale,
             flip=config.data.flip,
+            described_in=patches,
         )
         # Skips found while training belong beside those found while opening.
         loader.skipped = self.train.skipped
         for loaded in loader:
-            batch = Batch(*loaded._replace(tokens=trim(loaded.tokens, config.model.text.pad_id))[:4])
+            tokens = trim(loaded.tokens, config.model.text.pad_id)
+            batch = Batch(loaded.images, tokens, loaded.seeds, loaded.ids, loaded.described)
             # Only a stand-in for an unreadable image can bring the same sample twice, and scenes have none.
             place = Place(loaded.epoch, loaded.index, loaded.keys)
             distinct = self.train.fresh and not self.train.repeats

@@ -18,7 +18,7 @@ from sycoca.config import ConfigError, to_dict
 from train import deepspeed_json
 from train.command_line import Parser, apply_overrides, split_overrides
 from train.config import PRESETS, RunConfig, require_batch
-from train.data import DataError, Source, open_dataset
+from train.data import DataError, Source, open_dataset, readable
 from train.deepspeed_json import DeepSpeedJson
 from train.initial import check_text, started_from
 from train.precedence import deepspeed_dict, settle, taken_over, with_batch
@@ -156,6 +156,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     _check_options(config, ds)
     train, val = _open(config, world)
     regions = _open_regions(config, train)
+    _check_boxes(config, train)
     check_end(config, config.train.total_steps(len(train), world), newest)
     _check_tokenizer(config)
     launch = Launch(
@@ -246,6 +247,16 @@ def _open_regions(config: RunConfig, train: Source) -> Source | None:
         return open_dataset(data.regions, "train", image_size=size, whole=apart)
     except DataError as error:
         raise ConfigError(f"data.regions: {error}") from None
+
+
+def _check_boxes(config: RunConfig, train: Source) -> None:
+    if not config.model.needs_boxes:
+        return
+    for key, value, wanted in (("crop_scale", config.data.crop_scale, "none"), ("flip", config.data.flip or None, "0")):
+        if value is not None:
+            raise ConfigError(f"data.{key}: the oracle's boxes do not follow crops and mirroring; data.{key}={wanted}")
+    if next((sample.regions for _, sample in readable(train)), None) is None:
+        raise ConfigError(f"data.train={config.data.train}: the oracle of model.masking needs boxes, and it has none")
 
 
 def _check_tokenizer(config: RunConfig) -> None:

@@ -267,7 +267,7 @@ def trained_losses(config: ModelConfig, regions: bool = False) -> tuple[str, ...
         "caption": config.learns("ic"),
         "tgmim": config.num_masked > 0,
         "local": config.local_weight > 0,
-        "mask_overlap": config.selects,
+        "mask_overlap": config.scores,
         "itm": config.learns("itm"),
         "mlm": config.learns("mlm"),
         "region_itc": regions and config.learns("itc"),

@@ -37,6 +37,7 @@ def pretrain(launch: Launch) -> None:
     from train.carried import carry_over
     from train.checkpoints import Saver, choose, prepare, resume, tag, tokenizer_digest
     from train.ema import keep_average
+    from train.evaluations import Evaluations
     from train.export import export
     from train.health import Control, Skips, Spikes
     from train.heartbeat import Heartbeat
@@ -92,6 +93,14 @@ def pretrain(launch: Launch) -> None:
         wandb=train.wandb,
     )
     log.say(start_line(launch, model, inputs, world, chosen, anew))
+    evaluations = Evaluations(
+        run_dir,
+        train.evaluate_every,
+        first_step=first_step,
+        total_steps=inputs.total_steps,
+        writes=rank == 0,
+        **judging(launch, inputs, device, group),
+    )
     batches = inputs.batches(first_step)
     spread = Spread(group, [train.micro_batch * train.accumulation] * world, train.itc_schedule)
     with heartbeat.guard():
@@ -109,6 +118,7 @@ def pretrain(launch: Launch) -> None:
             line = skips.after(step + 1, places, taken.own)
             scalars = {"lr": lr, "grad_norm": engine.get_global_grad_norm(), "skipped": skips.total}
             log.step(step, taken.losses, scalars, timing, places)
+            evaluations.after(step + 1, lambda: whole_model(engine, launch, device), log.say)
             if line:
                 log.say(line)
             found_bad, late = inputs.budget.found_bad(), rank == 0 and saver.is_late()
@@ -177,19 +187,10 @@ def evaluate_at_end(engine, launch: Launch, inputs, device, group) -> None:
     from train.evaluation_run import evaluate, summary_lines
 
     model = whole_model(engine, launch, device).eval()
-    image_size, pairs = launch.config.model.vision.image_size, launch.config.data.val_pairs
+    image_size = launch.config.model.vision.image_size
     writes = dist.get_rank() == 0
     try:
-        figures = evaluate(
-            model,
-            inputs.tokenizer,
-            inputs.val,
-            image_size=image_size,
-            pairs=pairs,
-            device=device,
-            group=group,
-            train=launch.regions,
-        )
+        figures = evaluate(model, **judging(launch, inputs, device, group))
     except ValueError as error:
         # The training is done and saved; an unreadable held-out part must not look like its failure.
         if writes:
@@ -204,6 +205,19 @@ def evaluate_at_end(engine, launch: Launch, inputs, device, group) -> None:
     picture = launch.run_dir / "overview.png"
     save_overview(picture, model, inputs.tokenizer, shown, image_size=image_size, device=device)
     print(f"left in {launch.run_dir}: {', '.join(sorted(p.name for p in launch.run_dir.iterdir()))}", flush=True)
+
+
+def judging(launch: Launch, inputs, device, group) -> dict:
+    """What a model of this run is judged on, as `train.evaluation_run.evaluate` takes it."""
+    return {
+        "tokenizer": inputs.tokenizer,
+        "dataset": inputs.val,
+        "image_size": launch.config.model.vision.image_size,
+        "pairs": launch.config.data.val_pairs,
+        "device": device,
+        "group": group,
+        "train": launch.regions,
+    }
 
 
 def whole_model(engine, launch: Launch, device):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sycoca.masking import hash_int, hash_tensor, overlap, select_at_random, step_plan
+from sycoca.masking import hash_int, hash_tensor, overlap, select_at_random, select_described, step_plan
 from tests.sycoca.micro import batch, build, micro
 
 SPACES = ("itc", "value", "local")
@@ -148,3 +148,25 @@ def test_plan_of_a_model_without_masks():
     assert step_plan(coca, 3, 4, seed=0) == (False, False)
     tgmim_only = micro(masking={"drop_ratio": 0.0})
     assert step_plan(tgmim_only, 3, 4, seed=0) == (True, False)
+
+
+def test_the_oracle_takes_described_patches_first_and_draws_among_equals():
+    config = micro(masking={"mask_by": "oracle", "drop_by": "oracle", "mask_ratio": 0.25})
+    described = torch.zeros(3000, 16)
+    described[:, [2, 7, 9]] = torch.tensor([0.5, 1 / 64, 1.0])
+    chosen = select_described(described, torch.arange(3000), config)
+    assert (chosen.masked[:, :, None] == torch.tensor([2, 7, 9])).any(1).all()
+    rest = torch.bincount(chosen.masked.flatten(), minlength=16).float() / 3000
+    undescribed = torch.tensor([i not in (2, 7, 9) for i in range(16)])
+    # Five standard deviations of a share of 3,000 draws.
+    assert (rest[undescribed] - 1 / 13).abs().max() < 5 * (1 / 13 / 3000) ** 0.5
+    assert torch.equal(chosen.kept, select_described(described, torch.arange(3000), micro()).masked)
+
+
+def test_the_oracle_keeps_blocks_whole():
+    described = torch.zeros(4, 16)
+    described[:, 10] = 1.0
+    config = micro(masking={"block": 2, "mask_ratio": 0.25})
+    assert torch.equal(
+        select_described(described, torch.arange(4), config).masked, torch.tensor([[10, 11, 14, 15]] * 4)
+    )

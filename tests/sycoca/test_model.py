@@ -188,6 +188,67 @@ def test_tgmim_reaches_the_text_encoder_and_indices_carry_no_gradient():
     assert grads["image_projection.weight"] is None and grads["text_projection.weight"] is None
 
 
+CHOICES = [
+    ("score", "score", True),
+    ("random", "score", True),
+    ("oracle", "oracle", False),
+    ("random", "random", False),
+    ("score", "oracle", True),
+]
+
+
+@pytest.mark.parametrize("mask_by, drop_by, scores", CHOICES)
+def test_masks_and_drops_are_chosen_as_configured(mask_by, drop_by, scores):
+    from sycoca.masking import select_at_random, select_described
+
+    config = micro(masking={"mask_by": mask_by, "drop_by": drop_by, "mask_ratio": 0.25, "drop_ratio": 0.5})
+    model, data = build(config), batch(LENGTHS)
+    data = data._replace(described=torch.arange(16).remainder(3).float().expand(4, 16) / 2)
+    image, text = model.encode_image(data.images), model.encode_text(data.tokens)
+    # Whatever chooses, it chooses what it would choose for both.
+    both = {
+        "random": select_at_random(data.seeds, config),
+        "oracle": select_described(data.described, data.seeds, config),
+    }
+    assert config.scores == scores and (model.local is not None) == scores
+    if scores:
+        both["score"] = model.select(image, text)
+    else:
+        with pytest.raises(ValueError, match="do not follow a score"):
+            model.select(image, text)
+    chosen, overlap = model._selection(data, ATTENTIVE, image, text, None)
+    assert torch.equal(chosen.masked, both[mask_by].masked) and torch.equal(chosen.visible, both[mask_by].visible)
+    assert torch.equal(chosen.kept, both[drop_by].kept) and torch.equal(chosen.dropped, both[drop_by].dropped)
+    assert scores or overlap == 1
+    losses = model(data, ATTENTIVE)
+    losses.total.backward()
+    assert all(x.isfinite() for x in losses)
+
+
+def test_random_masks_of_tgmim_alone_need_no_score():
+    config = micro(masking={"mask_by": "random", "drop_ratio": 0.0})
+    model, data = build(config), batch(LENGTHS)
+    assert not config.scores and model.local is None
+    assert torch.equal(model(data, ATTENTIVE).tgmim, model(data, RANDOM).tgmim)
+
+
+def test_an_image_decoder_without_guide_does_not_read_the_caption():
+    config = micro(image_decoder=replace(MICRO.image_decoder, guide="none"))
+    model, data = build(config), batch(LENGTHS)
+    other = data._replace(tokens=data.tokens.roll(1, 0))
+    text, strangers = model.encode_text(data.tokens), model.encode_text(other.tokens)
+    selection = model.select(model.encode_image(data.images), text)
+    assert torch.equal(
+        model.reconstruct(data.images, text, selection), model.reconstruct(data.images, strangers, selection)
+    )
+    losses = model(data, ATTENTIVE)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if n.startswith("text.")))
+    assert all(grad is None for grad in torch.autograd.grad(losses.tgmim, parameters, allow_unused=True)), names
+    losses = model(data, ATTENTIVE)
+    losses.total.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
 def test_local_heads_learn_from_their_own_term_alone():
     model = build(MICRO)
     losses = model(batch(LENGTHS), ATTENTIVE)

@@ -299,8 +299,10 @@ def without(*names, **masking):
         ),
         (without(score_space="itc", block=2, masked_input="token"), set()),
         (without(score_space="value"), set()),
+        (without(mask_by="random", drop_by="oracle"), {"selection"}),
+        (without(mask_by="random"), set()),
     ],
-    ids=["CoCa", "CLIP", "no ITC", "IC masks only", "random masks", "blocks", "values"],
+    ids=["CoCa", "CLIP", "no ITC", "IC masks only", "random masks", "blocks", "values", "oracle", "IC by score"],
 )
 def test_what_is_not_learned_is_null(scenes, tokenizer, config, absent):
     figures = judge(build(config), tokenizer, scenes[:6])

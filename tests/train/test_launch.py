@@ -459,3 +459,17 @@ print("agrees")
 """
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip().endswith("agrees"), done.stderr[-2000:]
+
+
+def test_the_oracle_needs_boxes_that_follow_the_picture(launch, tmp_path):
+    assert launch("mask_by=oracle").config.model.needs_boxes
+    with pytest.raises(ConfigError, match=r"data\.crop_scale: the oracle's boxes .*; data\.crop_scale=none"):
+        launch("mask_by=oracle", "crop_scale=0.9,1.0")
+    with pytest.raises(ConfigError, match=r"data\.flip: .*; data\.flip=0"):
+        launch("mask_by=oracle", "flip=0.5")
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "t.tsv").write_text("image\tcaption\tsplit\n" + "a.png\ta thing\ttrain\n" * 64 + "a.png\tx\tval\n" * 2)
+    with pytest.raises(ConfigError, match="needs boxes, and it has none"):
+        launch("mask_by=oracle", "--data", str(tmp_path / "t.tsv"), "micro_batch=1", "local_group=1")

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sycoca.images import center_image, normalise, random_image
+from sycoca.images import center_image, crop_box, normalise, random_image
 from train.data.ahead import Fault, Loader, Maker, Tickets
 from train.data.order import CAPTION, CROP, SEED, STAND_IN, mix, mix_array
-from train.data.sample import BadSample, DataError, Source
+from train.data.sample import BadSample, DataError, Sample, Source
+from train.evaluation import described_area
 
 _ATTEMPTS = 100
 
@@ -30,6 +31,7 @@ class LoadedBatch(NamedTuple):
 
     `images` (b, 3, S, S) fp32 normalised, or (b, S, S, 3) uint8; `tokens` (b, T), `seeds` (b,), `ids` (b,) int64;
     equal ids are the same sample. `epoch` and `index` place the global batch: `index + 1` is where to resume.
+    `described` (b, P) fp32 is the share of each patch inside boxes of what the caption describes, where asked for.
     """
 
     images: Tensor
@@ -39,6 +41,7 @@ class LoadedBatch(NamedTuple):
     keys: tuple[str, ...]
     epoch: int
     index: int
+    described: Tensor | None = None
 
 
 class _Pairs(Maker):
@@ -56,6 +59,7 @@ class _Pairs(Maker):
         self.crop_scale = form["crop_scale"]
         self.flip = form["flip"]
         self.normalised = form["normalised"]
+        self.patch_size = form["described_in"]
 
     def make(self, epoch: int, number: int, faults: list[Fault]) -> LoadedBatch:
         index, part = divmod(number, self.parts)
@@ -63,12 +67,12 @@ class _Pairs(Maker):
         chosen = self.source.order(epoch, positions, self.seed)
         self.look_ahead(epoch, positions, self.global_batch)
         pictures = np.empty((self.local, self.image_size, self.image_size, 3), dtype=np.uint8)
-        captions, keys = [], []
+        captions, keys, described = [], [], []
         for row, position in enumerate(positions.tolist()):
             number = int(chosen[row])
             for attempt in range(_ATTEMPTS):
                 try:
-                    pictures[row], caption, key = self._sample(epoch, number)
+                    pictures[row], caption, key, area = self._sample(epoch, number)
                     break
                 except BadSample as bad:
                     faults.append((bad.key, bad.cause, number % len(self.source)))
@@ -81,6 +85,7 @@ class _Pairs(Maker):
             chosen[row] = number
             captions.append(caption)
             keys.append(key)
+            described.append(area)
         seeds = (mix_array(mix(self.seed, epoch, SEED), chosen) >> np.uint64(1)).astype(np.int64)
         images = torch.from_numpy(pictures)
         return LoadedBatch(
@@ -91,11 +96,15 @@ class _Pairs(Maker):
             tuple(keys),
             epoch,
             index,
+            None if self.patch_size is None else torch.stack(described).float(),
         )
 
-    def _sample(self, epoch: int, number: int) -> tuple[np.ndarray, str, str]:
+    def _sample(self, epoch: int, number: int) -> tuple[np.ndarray, str, str, Tensor | None]:
         index = number + epoch * len(self.source) if self.source.fresh else number
-        image, caption, key = self.source.pair(index, mix(self.seed, epoch, number, CAPTION))
+        pick = mix(self.seed, epoch, number, CAPTION)
+        if self.patch_size is not None:
+            return self._described(self.source[index], pick)
+        image, caption, key = self.source.pair(index, pick)
         draws = np.random.Generator(np.random.Philox(key=mix(self.seed, epoch, number, CROP)))
         if self.crop_scale is None:
             picture = center_image(image, self.image_size)
@@ -103,7 +112,14 @@ class _Pairs(Maker):
             picture = random_image(image, self.image_size, draws, scale=self.crop_scale)
         # The last draw, so that crops are the same with and without it.
         mirrored = self.flip > 0 and draws.random() < self.flip
-        return picture[:, ::-1] if mirrored else picture, caption, key
+        return picture[:, ::-1] if mirrored else picture, caption, key, None
+
+    def _described(self, sample: Sample, pick: int) -> tuple[np.ndarray, str, str, Tensor]:
+        """The centre of a sample's image with one caption, and what of its patches that caption describes."""
+        which, cells = pick % len(sample.captions), self.image_size // self.patch_size
+        boxes = [crop_box(region.box, sample.image) for region in sample.described(which)]
+        area = described_area(boxes, (cells, cells), self.patch_size)
+        return center_image(sample.image, self.image_size), sample.captions[which], sample.key, area
 
 
 def batches(
@@ -124,6 +140,7 @@ def batches(
     crop_scale: tuple[float, float] | None = (0.9, 1.0),
     flip: float = 0.0,
     normalised: bool = True,
+    described_in: int | None = None,
     pin_memory: bool | None = None,
 ) -> Loader:
     """This rank's batches, from a place in an epoch on.
@@ -145,6 +162,8 @@ def batches(
         crop_scale: range of a random crop's share of the area; None crops the centre.
         flip: share of pictures that are mirrored.
         normalised: fp32 images ready for the model, rather than uint8 pictures for `sycoca.images.normalise`.
+        described_in: side in pixels of the patches whose described share is wanted, or None; the picture is then the
+            centre of the image, which boxes can follow.
         pin_memory: page-locked tensors; None where CUDA is.
 
     Returns:
@@ -154,6 +173,8 @@ def batches(
         DataError: the source has fewer samples than a global batch.
         ValueError: `world` and `parts` do not divide `global_batch`, or a place that is not in the epoch.
     """
+    if described_in is not None and (crop_scale is not None or flip):
+        raise ValueError("batches: boxes do not follow random crops and mirroring; crop_scale=None, flip=0")
     if global_batch < 1 or parts < 1 or global_batch % (world * parts) or not 0 <= rank < world:
         raise ValueError(
             f"batches: global_batch {global_batch}, rank {rank}, world {world} and parts {parts} do not agree"
@@ -170,6 +191,7 @@ def batches(
         "crop_scale": crop_scale,
         "flip": flip,
         "normalised": normalised,
+        "described_in": described_in,
     }
     maker = _Pairs(dataset, tokenizer, order, form)
     return Loader(maker, Tickets(epoch, start * parts, per_epoch * parts, epochs), workers, pin_memory)

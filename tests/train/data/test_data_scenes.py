@@ -5,10 +5,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
-from train.data import open_dataset
+from sycoca.tokenizer import Tokenizer
+from train.data import batches, open_dataset
 from train.data.scene_shapes import COLOURS, SHAPES, Figure, figure_box, render
 from train.data.scenes import SPLIT_START, make_scene
+from train.evaluation import described_area
 
 SHAPE_OF = {name: name for name in SHAPES}
 SIZE_OF = {"small": "small", "little": "small", "large": "large", "big": "large", "": None}
@@ -300,3 +303,19 @@ def test_scenes_come_faster_than_a_small_model_trains():
             dataset.pair(run * 25 + index, index)
         rates.append(25 / (time.process_time() - begin))
     assert max(rates) > 400
+
+
+def test_batches_tell_which_part_of_a_patch_is_described():
+    source = open_dataset("scenes?count=16", image_size=24)
+    tokenizer = Tokenizer.train(source.texts(), 300)
+    form = {"global_batch": 8, "image_size": 24, "context_length": 12, "crop_scale": None}
+    with_boxes, without = (next(iter(batches(source, tokenizer, **form, described_in=size))) for size in (8, None))
+    assert without.described is None and with_boxes.described.shape == (8, 9)
+    # What is seen and said does not depend on whether boxes are wanted.
+    assert all(torch.equal(a, b) for a, b in zip(with_boxes[:4], without[:4])) and with_boxes.keys == without.keys
+    sample = next(sample for sample in map(source.__getitem__, range(16)) if sample.key == with_boxes.keys[0])
+    expected = described_area([region.box for region in sample.described(0)], (3, 3), 8)
+    assert 0 < expected.sum() < 9
+    torch.testing.assert_close(with_boxes.described[0], expected.float())
+    with pytest.raises(ValueError, match="boxes do not follow"):
+        batches(source, tokenizer, **{**form, "crop_scale": (0.9, 1.0)}, described_in=8)
