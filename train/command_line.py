@@ -51,9 +51,16 @@ def split_overrides(texts: list[str], config: Any) -> dict[str, Any]:
 def split_override(text: str, config: Any) -> tuple[str, Any]:
     """`key=value` -> (full dotted key, value). A key may be shortened to any ending that only one field has."""
     key, equals, value = text.partition("=")
-    known = [name for name in leaves(config) if name not in _CHOSEN_APART]
     if not equals:
+        known = [name for name in leaves(config) if name not in _CHOSEN_APART]
         raise ConfigError(f"{text!r} is not of the form key=value{nearest(text, known)}")
+    name = full_key(key, config)
+    return name, _value(value, _annotation(config, name))
+
+
+def full_key(key: str, config: Any) -> str:
+    """The full dotted name of a key, which may be shortened to any ending that only one field has."""
+    known = [name for name in leaves(config) if name not in _CHOSEN_APART]
     full = [name for name in known if name == key] or [name for name in known if name.endswith("." + key)]
     if len(full) > 1:
         raise ConfigError(f"{key} is ambiguous: {', '.join(full)}")
@@ -61,7 +68,7 @@ def split_override(text: str, config: Any) -> tuple[str, Any]:
         endings = {ending: name for name in known for ending in (name, name.rpartition(".")[2])}
         close = difflib.get_close_matches(key, endings, 1, 0.4)
         raise ConfigError(f"{key}: unknown key" + (f"; did you mean '{endings[close[0]]}'?" if close else ""))
-    return full[0], _value(value, _annotation(config, full[0]))
+    return full[0]
 
 
 def _annotation(config: Any, name: str) -> Any:

@@ -31,6 +31,18 @@ class Hold:
         os.register_at_fork(after_in_child=self._file.close)
 
 
+def is_held(run_dir: Path) -> bool:
+    """Whether a process writes into a run's folder."""
+    try:
+        with (run_dir / ".lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 @contextmanager
 def _refusals(option: str, path: Path | None) -> Iterator[None]:
     """What the system refuses becomes one line that names the path."""

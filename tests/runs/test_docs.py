@@ -20,6 +20,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 BRIEF = " train.steps=2 micro_batch=2 limit=8 warmup_steps=1"
 # Commands of the site that are no command of the README -> what makes them short; None: as the comment says.
 ELSEWHERE: dict[str, str | None] = {
+    "python -m train.study main": None,  # an hour; a small plan of the same kind: tests/runs/test_study.py
     "deepspeed train/finetune.py captioning --config ds_zero2.json --model runs/tiny --run-dir runs/captioning": BRIEF,
     "deepspeed train/finetune.py captioning --config ds_zero2.json --model runs/tiny --data captions.tsv": BRIEF,
     "deepspeed train/finetune.py captioning --config ds_zero2.json --model runs/captioning --run-dir runs/scst"

@@ -469,7 +469,9 @@ def test_the_oracle_needs_boxes_that_follow_the_picture(launch, tmp_path):
         launch("mask_by=oracle", "flip=0.5")
     from PIL import Image
 
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "t.tsv").write_text("image\tcaption\tsplit\n" + "a.png\ta thing\ttrain\n" * 64 + "a.png\tx\tval\n" * 2)
+    for name in "abc":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    rows = ["image\tcaption\tsplit", "a.png\ta thing\ttrain", "b.png\ta thing\tval", "c.png\ta thing\tval"]
+    (tmp_path / "t.tsv").write_text("\n".join(rows) + "\n")
     with pytest.raises(ConfigError, match="needs boxes, and it has none"):
         launch("mask_by=oracle", "--data", str(tmp_path / "t.tsv"), "micro_batch=1", "local_group=1")
