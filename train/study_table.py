@@ -32,7 +32,7 @@ HOLDS, AGAINST, OPEN, ONE_SEED, ABSENT = (
     "the other way round",
     "within one standard deviation",
     "one seed, no ordering",
-    "not run",
+    "not known",
 )
 
 
@@ -77,7 +77,7 @@ def tabulate(plan: Plan, results: Mapping[str, dict[str, Any]]) -> dict[str, Any
         "cheapest": cheapest,
         "environment": {key: sorted({str(e[key]) for e in environments}) for key in (environments or [{}])[0]},
         "rows": rows,
-        "claims": [_claim(rows, better, worse, measure) for better, worse in plan.claims for measure in _JUDGED],
+        "claims": [_claim(rows, *claim, measure) for claim in plan.claims for measure in _JUDGED],
     }
 
 
@@ -133,18 +133,23 @@ def _track(runs: Sequence[dict]) -> dict[str, list]:
 
 
 def _claim(rows: Sequence[dict], better: str, worse: str, measure: str) -> dict[str, Any]:
-    """Whether one row is better than another; `difference` is positive where it is."""
-    first, second = (next(row for row in rows if row["name"] == name)["equal_steps"] for name in (better, worse))
-    claim = {"better": better, "worse": worse, "measure": measure, "difference": None, "deviation": None}
+    """Whether one row is better than another; a `difference` is positive where it is."""
+    first, second = (next(row for row in rows if row["name"] == name) for name in (better, worse))
+    claim: dict[str, Any] = {"better": better, "worse": worse, "measure": measure}
+    return claim | {at: _compared(first[at], second[at], measure) for at in ("equal_steps", "equal_compute")}
+
+
+def _compared(first: Mapping[str, Any], second: Mapping[str, Any], measure: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"difference": None, "deviation": None, "verdict": ABSENT}
     if measure not in first or measure not in second:
-        return claim | {"verdict": ABSENT}
+        return found
+    one, other = first[measure], second[measure]
     sign = 1 if MEASURES[measure][1] else -1
-    claim["difference"] = difference = sign * (first[measure]["mean"] - second[measure]["mean"])
-    if first[measure]["sd"] is None or second[measure]["sd"] is None:
-        return claim | {"verdict": ONE_SEED}
-    claim["deviation"] = deviation = math.hypot(first[measure]["sd"], second[measure]["sd"])
-    verdict = HOLDS if difference > deviation else AGAINST if difference < -deviation else OPEN
-    return claim | {"verdict": verdict}
+    found["difference"] = difference = sign * (one["mean"] - other["mean"])
+    if one["sd"] is None or other["sd"] is None:
+        return found | {"verdict": ONE_SEED}
+    found["deviation"] = deviation = math.hypot(one["sd"], other["sd"])
+    return found | {"verdict": HOLDS if difference > deviation else AGAINST if difference < -deviation else OPEN}
 
 
 def markdown(table: Mapping[str, Any], picture: str | None = None) -> str:
@@ -193,12 +198,17 @@ def _main(table: Mapping[str, Any]) -> list[str]:
 
 
 def _claims(table: Mapping[str, Any]) -> list[str]:
-    lines = [_line(("claim", "measure", "better by", "standard deviation", "verdict")), _line(["---"] * 5)]
+    heading = ("claim", "measure", "better by", "standard deviation", "verdict")
+    heading += ("better by, at equal compute", "standard deviation", "verdict")
+    lines = [_line(heading), _line(["---"] * len(heading))]
     for claim in table["claims"]:
-        heading, _, digits = MEASURES[claim["measure"]]
-        cells = [f"{claim['better']} > {claim['worse']}", heading]
-        cells += [_number(claim["difference"], digits, sign=True), _number(claim["deviation"], digits)]
-        lines.append(_line([*cells, claim["verdict"]]))
+        name, _, digits = MEASURES[claim["measure"]]
+        cells = [f"{claim['better']} > {claim['worse']}", name]
+        for at in ("equal_steps", "equal_compute"):
+            found = claim[at]
+            cells += [_number(found["difference"], digits, sign=True), _number(found["deviation"], digits)]
+            cells.append(found["verdict"])
+        lines.append(_line(cells))
     return lines
 
 

@@ -30,7 +30,7 @@ def test_two_rows_become_a_table(command, tmp_path):
         assert row["equal_steps"]["nats"]["mean"] > 0 and "recall" in row["equal_compute"]
     # The oracle's masks need no score: there is none whose coverage could be told.
     assert "coverage" not in table["rows"][0]["equal_steps"] and "coverage" in table["rows"][1]["equal_steps"]
-    assert {claim["verdict"] for claim in table["claims"]} == {"one seed, no ordering"}
+    assert {claim["equal_steps"]["verdict"] for claim in table["claims"]} == {"one seed, no ordering"}
     again = command(f"{line} --page {tmp_path / 'page.md'}")
     assert again.code == 0 and "2 runs, 2 done" in again.out and "done in" not in again.out, again.out + again.err
     assert "| SyCoCa | 1 of 1 |" in (tmp_path / "page.md").read_text(encoding="utf-8")
