@@ -63,9 +63,7 @@ def study(argv: list[str]) -> int:
     if args.list:
         print("\n".join(listed(plan, args.out)))
         return 0
-    missing = 0
-    if not args.table:
-        missing = train(plan, args.out, args.jobs, args.limit)
+    code = 0 if args.table else train(plan, args.out, args.jobs, args.limit)
     table = tabulate(plan, {run.key: result for run in plan.runs if (result := read_result(args.out, run))})
     folder = args.out / plan.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +76,7 @@ def study(argv: list[str]) -> int:
     if args.page is not None:
         fill(args.page, table, folder)
         print(f"written into {args.page}", flush=True)
-    return missing
+    return code
 
 
 def train(plan: Plan, out: Path, jobs: int, limit_minutes: float | None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sycoca.config import ConfigError
-from train.command_line import split_overrides
+from train.command_line import apply_overrides, split_overrides
 from train.config import PRESETS
 from train.recipe import chosen
 from train.study import listed
@@ -65,8 +65,6 @@ def test_the_command_of_a_run_makes_its_configuration(plan_of, tmp_path):
         command = command_of(plan_of(), run, tmp_path)
         given = command[command.index("--preset") + 2 : command.index("--run-dir")]
         base = chosen("tiny", False)
-        from train.command_line import apply_overrides
-
         assert digest(apply_overrides(base, split_overrides(given, base))) == run.key
 
 
