@@ -4,7 +4,8 @@ cost of a step     processor seconds of training, mean over a row's runs
 budget             the least cost of a row's whole run
 equal compute      a measure at the step where the row has spent the budget, between two evaluations on the line
                    through them; None before the first
-a claim holds      where the means differ by more than sqrt(s1^2 + s2^2), s the rows' standard deviations
+a claim holds      where the means differ by more than sqrt(s1^2 + s2^2), s the rows' standard deviations; at equal
+                   compute the budget is that of the cheaper one of its two rows
 
 One seed has no standard deviation and supports no claim.
 """
@@ -50,9 +51,22 @@ def tabulate(plan: Plan, results: Mapping[str, dict[str, Any]]) -> dict[str, Any
     costs = {row: _cost(runs) for row, runs in found.items()}
     totals = {row: costs[row] * runs[0]["steps"] for row, runs in found.items() if costs[row] is not None}
     budget = min(totals.values(), default=None)
+
+    def spent(row: str, budget: float | None) -> dict[str, Any]:
+        """The measures of a row where it has spent a budget."""
+        step = None if budget is None or costs[row] is None else budget / costs[row]
+        return {"step": step, **_cells([_at(run, step) for run in found[row]] if step else [])}
+
+    def claim(better: str, worse: str, measure: str) -> dict[str, Any]:
+        both = [totals[row] for row in (better, worse) if row in totals]
+        cheaper = min(both) if len(both) == 2 else None
+        final = [_cells([run["final"] for run in found[row]]) for row in (better, worse)]
+        even = [spent(row, cheaper) for row in (better, worse)]
+        compared = {"equal_steps": _compared(*final, measure), "equal_compute": _compared(*even, measure)}
+        return {"better": better, "worse": worse, "measure": measure, **compared}
+
     rows = []
     for row, runs in found.items():
-        step = None if budget is None or costs[row] is None else budget / costs[row]
         rows.append(
             {
                 "name": row,
@@ -62,7 +76,7 @@ def tabulate(plan: Plan, results: Mapping[str, dict[str, Any]]) -> dict[str, Any
                 "step_cpu_ms": None if costs[row] is None else 1000 * costs[row],
                 "wall_s": _mean([run["wall_s"] for run in runs]),
                 "equal_steps": _cells([run["final"] for run in runs]),
-                "equal_compute": {"step": step, **_cells([_at(run, step) for run in runs] if step else [])},
+                "equal_compute": spent(row, budget),
                 "track": _track(runs),
             }
         )
@@ -77,7 +91,7 @@ def tabulate(plan: Plan, results: Mapping[str, dict[str, Any]]) -> dict[str, Any
         "cheapest": cheapest,
         "environment": {key: sorted({str(e[key]) for e in environments}) for key in (environments or [{}])[0]},
         "rows": rows,
-        "claims": [_claim(rows, *claim, measure) for claim in plan.claims for measure in _JUDGED],
+        "claims": [claim(*rows_of, measure) for rows_of in plan.claims for measure in _JUDGED],
     }
 
 
@@ -132,14 +146,8 @@ def _track(runs: Sequence[dict]) -> dict[str, list]:
     return track
 
 
-def _claim(rows: Sequence[dict], better: str, worse: str, measure: str) -> dict[str, Any]:
-    """Whether one row is better than another; a `difference` is positive where it is."""
-    first, second = (next(row for row in rows if row["name"] == name) for name in (better, worse))
-    claim: dict[str, Any] = {"better": better, "worse": worse, "measure": measure}
-    return claim | {at: _compared(first[at], second[at], measure) for at in ("equal_steps", "equal_compute")}
-
-
 def _compared(first: Mapping[str, Any], second: Mapping[str, Any], measure: str) -> dict[str, Any]:
+    """Whether the first is better; a `difference` is positive where it is."""
     found: dict[str, Any] = {"difference": None, "deviation": None, "verdict": ABSENT}
     if measure not in first or measure not in second:
         return found

@@ -271,6 +271,17 @@ def test_mean_deviation_and_the_figures_at_equal_compute(plan_of):
     assert "4 of 4 runs of `mine`, 2 seeds" in text and "100 s of processor time that plain takes" in text
 
 
+def test_a_claim_at_equal_compute_has_the_budget_of_its_two_rows(plan_of):
+    plan = plan_of(PLAN + "[rows.cheap]\nlr = 1e-4\n")
+    found = by_hand(plan, [(0.2, 3.0), (0.3, 2.0)], [(0.4, 1.0), (0.6, 1.2)], cost=2.5, track=[(25, 0.1), (50, 0.2)])
+    found |= {run.key: result(run.key, 0.1, 1.0, cost=0.3) for run in plan.of("cheap")}
+    table = tabulate(plan, found)
+    assert table["cheapest"] == "cheap" and table["rows"][1]["equal_compute"]["step"] == pytest.approx(12)
+    # Against the plain row's 100 s: 40 steps.
+    claim = table["claims"][0]["equal_compute"]
+    assert claim["difference"] == pytest.approx(0.16 - 0.25) and claim["verdict"] == AGAINST
+
+
 def test_nothing_is_made_up_before_the_first_evaluation(plan_of):
     plan = plan_of()
     table = tabulate(plan, by_hand(plan, [(0.2, 3.0)], [(0.4, 1.0)], cost=10.0, track=[(25, 0.1)]))
