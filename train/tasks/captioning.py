@@ -74,7 +74,12 @@ def evaluate(model: Any, tokenizer: Any, source: Any, *, options: Any, device: A
         tables["CIDEr-D by domain"] = (("domain", "images", "CIDEr-D"), rows)
     figures["captions"] = dict(zip(keys, written))
     examples = [
-        Example(score, index, key, (("written", text), *(("true", said) for said in read.captions[index])))
+        Example(
+            score,
+            index,
+            key,
+            (("CIDEr-D", f"{score:.2f}"), ("written", text), *(("true", said) for said in read.captions[index])),
+        )
         for score, index, key, text in zip(cider, indices, keys, written)
     ]
     return Outcome("captioning", figures, headline, tables, examples)

@@ -17,7 +17,8 @@ _THUMBNAIL_PX = 224
 _STYLE = """
 table { border-collapse: collapse; margin: .6rem 0 } th, td { padding: .15rem .8rem; text-align: left }
 th { border-bottom: 2px solid var(--line) } td { border-bottom: 1px solid var(--line) } td.n { text-align: right }
-figure img { width: 100%; max-height: 18rem; object-fit: contain } figcaption b { color: var(--quiet) }
+figure img { width: 100%; max-height: 18rem; object-fit: contain } figcaption p { margin: .3rem 0 }
+figcaption b { color: var(--quiet); font-weight: 600 }
 """
 
 
@@ -120,8 +121,8 @@ def _table(header: Sequence[str], rows: Sequence[tuple]) -> str:
 
 
 def _example(example: Example, source: Any) -> str:
-    lines = "<br>".join(f"<b>{text(name)}</b> {text(said)}" for name, said in example.lines)
-    note = f'<p class="quiet">{text(example.key)}, score {_number(example.score)}</p>'
+    lines = "".join(f"<p><b>{text(name)}</b> {text(said)}</p>" for name, said in example.lines)
+    note = f'<p class="quiet">{text(example.key)}</p>'
     image = source.image(example.index)[0] if hasattr(source, "image") else source[example.index].image
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image.copy()
     if example.boxes:

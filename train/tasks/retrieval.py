@@ -74,7 +74,7 @@ def evaluate(model: Any, tokenizer: Any, source: Any, *, options: Any, device: A
     for way, recalls in by_itc.get("itc", {}).items():
         headline[f"{'TR' if way == 'image_to_text' else 'IR'} R@1 by ITC alone"] = recalls["r@1"]
     table = {"recall": (("direction", "R@1", "R@5", "R@10", "R@1 by chance"), rows)}
-    examples = _examples(encoded, ranks[0].tolist(), indices, keys, texts, read)
+    examples = _examples(encoded, ranks[0].tolist(), owner.tolist(), indices, keys, texts, read)
     return Outcome("retrieval", figures | means | by_itc, headline, table, examples)
 
 
@@ -108,12 +108,21 @@ def _ranked_anew(
     return tuple(rerank.ranked_anew(*parts) for parts in zip(scores, right, ranks))
 
 
-def _examples(encoded: Any, ranks: list[int], indices: list[int], keys: list[str], texts: list[str], read: Any) -> list:
+def _examples(
+    encoded: Any,
+    ranks: list[int],
+    owner: list[int],
+    indices: list[int],
+    keys: list[str],
+    texts: list[str],
+    read: Any,
+) -> list[Example]:
     images, captions = encoded
     found = []
     for row, (rank, index, key) in enumerate(zip(ranks, indices, keys)):
         best = (captions @ images[row]).topk(min(_SHOWN_TEXTS, len(texts))).indices.tolist()
-        lines = [("rank of the first right caption", str(rank + 1)), ("true", read.captions[index][0])]
-        lines += [(f"retrieved {place}", texts[text]) for place, text in enumerate(best, 1)]
+        lines = [("rank of its first caption", str(rank + 1)), ("one of its captions", read.captions[index][0])]
+        for place, text in enumerate(best, 1):
+            lines.append((f"{place}: {'right' if owner[text] == row else 'wrong'}", texts[text]))
         found.append(Example(-float(rank), index, key, tuple(lines)))
     return found

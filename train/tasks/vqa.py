@@ -103,7 +103,8 @@ def evaluate(
             kinds.append(asked.kind)
             accuracies.append(accuracy)
             most = ", ".join(f"{text} x {n}" for text, n in Counter(asked.answers).most_common(3))
-            lines = (("asked", asked.question), ("answered", answer), ("people", most))
+            worth = f"{accuracy:.2f}"
+            lines = (("accuracy", worth), ("asked", asked.question), ("answered", answer), ("people", most))
             examples.append(Example(accuracy, batch.indices[row], batch.keys[row], lines))
     if not accuracies and answers:
         # Test questions have no answers; what is left is the file for the challenge.
