@@ -118,6 +118,7 @@ def measure(
         row |= {"pairs_per_s": pairs / p50 * 1e3, "peak_mib": peak, "first_loss": losses[contestant.name]}
         if "@" not in contestant.name:
             row["tflops"] = contestant.ask("flops")["flops"] / 1e12
+            row |= contestant.ask("phases")
             row["tflops_per_s"] = row["tflops"] / p50 * 1e3
             row["shares"] = contestant.ask("kinds")
             row["product_tflops_per_s"] = rate
@@ -151,6 +152,10 @@ def lines(found: dict[str, dict]) -> Iterator[str]:
             f"{name:24} {row['p50_ms']:8.0f} ms  {row['pairs_per_s']:7.1f} pairs/s  {row['peak_mib']:6.0f} MiB{rate}"
             + (f"; {shares}" if shares else "")
         )
+        for title, shares in (("time by phase", row.get("phases")), ("forward by part", row.get("parts"))):
+            if shares:
+                seen = (f"{part} {share:.0%}" for part, share in shares.items() if share >= 0.005)
+                yield f"    {title}: {', '.join(seen)}"
 
     def ratio(fast: str, slow: str) -> float:
         return found[slow]["p50_ms"] / found[fast]["p50_ms"]

@@ -7,6 +7,7 @@ only names that have not changed since the first step was measured.
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import sys
 import time
@@ -52,6 +53,8 @@ def main() -> None:
             answer = kinds(step, device)
         elif line.strip() == "flops":
             answer = {"flops": flops(step)}
+        elif line.strip() == "phases":
+            answer = {"phases": phases(step, device), "parts": parts(step, device)}
         else:
             answer = {"peak_mib": peak_mib(device) - before}
         print(json.dumps(answer), file=answers, flush=True)
@@ -79,15 +82,27 @@ def our_step(options, tokens, device):
     batch = Batch(images, tokens.to(device), torch.arange(B, device=device), None)
     plan = StepPlan(config.selects, config.num_dropped > 0)
 
-    def step():
+    return a_step(model, optimizer, lambda: model(batch, plan).total, device)
+
+
+def a_step(model, optimizer, forward, device):
+    """A function that takes one step and returns its loss; `mark` is told the end of each phase."""
+    import torch
+
+    def step(mark=lambda phase: None):
         optimizer.zero_grad()
         with mixed(device):
-            loss = model(batch, plan).total
+            loss = forward()
+        mark("forward")
         loss.backward()
+        mark("backward")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        mark("clipping")
         optimizer.step()
+        mark("optimizer")
         return loss.detach()
 
+    step.model = model
     return step
 
 
@@ -135,17 +150,11 @@ def open_clip_step(options, tokens, device):
     images = torch.randn(B, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     tokens = tokens.to(device)
 
-    def step():
-        optimizer.zero_grad()
-        with mixed(device):
-            out = model(images, tokens)
-            loss = sum(criterion(**{k: out[k] for k in OPEN_CLIP_OUTPUTS}))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return loss.detach()
+    def forward():
+        out = model(images, tokens)
+        return sum(criterion(**{k: out[k] for k in OPEN_CLIP_OUTPUTS}))
 
-    return step
+    return a_step(model, optimizer, forward, device)
 
 
 OPEN_CLIP_OUTPUTS = ("image_features", "text_features", "logits", "labels", "logit_scale")
@@ -177,6 +186,61 @@ def kinds(step, device) -> dict[str, float]:
     return {kind: round(spent / whole, 4) for kind, spent in sorted(times.items(), key=lambda pair: -pair[1])}
 
 
+def phases(step, device) -> dict[str, float]:
+    """Share of a step's time by phase."""
+    import torch
+
+    ends = [("", time.perf_counter())]
+
+    def mark(phase: str) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        ends.append((phase, time.perf_counter()))
+
+    step(mark)
+    whole = ends[-1][1] - ends[0][1]
+    return {phase: round((end - start) / whole, 4) for (_, start), (phase, end) in itertools.pairwise(ends)}
+
+
+# What else than `forward` is called from outside a part.
+ENTRIES = {"forward": "", "encode_visible": ", second pass"}
+
+
+def parts(step, device) -> dict[str, float]:
+    """Share of a step's forward pass by part of the model; what no part does is the losses'."""
+    import torch
+
+    spent: dict[str, float] = {}
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(part: str, function):
+        def run(*args, **kwargs):
+            start = clock()
+            result = function(*args, **kwargs)
+            spent[part] = spent.get(part, 0.0) + clock() - start
+            return result
+
+        return run
+
+    wrapped = []
+    for name, child in step.model.named_children():
+        for entry, suffix in ENTRIES.items():
+            if hasattr(child, entry):
+                setattr(child, entry, timed(name + suffix, getattr(child, entry)))
+                wrapped.append((child, entry))
+    started, ended = clock(), []
+    step(lambda phase: ended.append(clock()))
+    for child, entry in wrapped:
+        delattr(child, entry)
+    whole = ended[0] - started
+    spent["losses and the rest"] = whole - sum(spent.values())
+    return {part: round(ms / whole, 4) for part, ms in sorted(spent.items(), key=lambda pair: -pair[1])}
+
+
 def flops(step) -> int:
     """FLOPs of the operators that torch counts, on padded captions and plain MLPs: what the model asks for."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -190,7 +254,7 @@ def flops(step) -> int:
 
             stack.enter_context(patch.object(Packing, "of", lambda keep: None))
             stack.enter_context(patch.object(fused_mlp, "fits", lambda x, weight: False))
-            stack.enter_context(patch.object(cpu_attention, "fits", lambda x: False))
+            stack.enter_context(patch.object(cpu_attention, "fits", lambda *args: False))
         counter = stack.enter_context(FlopCounterMode(display=False))
         step()
     return counter.get_total_flops()
