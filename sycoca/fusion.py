@@ -2,8 +2,8 @@
 
     x <- x + self(LN(x));  x <- x + cross(LN(x), rows seen);  x <- x + MLP(LN(x))
 
-Image tokens are given their place on the grid once more: from what the ViT leaves of it, boxes are learned many times
-slower. Keys and values of the image tokens are one table per layer, projected once however many texts, boxes and pairs
+Image tokens are given their place on the grid once more: from what the ViT leaves of it, boxes are learned later. Keys
+and values of the image tokens are one table per layer, projected once however many texts, boxes and pairs
 look them up; what a text sees of it is an index. The last layer goes on with the positions that are read, no others.
 """
 
