@@ -11,12 +11,12 @@ ROWS = {"oracle": 'mask_by = "oracle"\ndrop_by = "oracle"\n', "SyCoCa": ""}
 
 
 def test_two_rows_become_a_table(command, tmp_path):
-    keys = dict(option.removeprefix("--").split("=") for option in SMALL)
+    keys = dict(option.removeprefix("--").split("=", 1) for option in SMALL)
     common = "".join(f"{key} = {value}\n" for key, value in keys.items() if key != "data")
     rows = "".join(f"[rows.{name}]\n{ROWS[name]}" for name in ("oracle", "SyCoCa"))
     (tmp_path / "two.toml").write_text(
         f'base = "tiny"\nclaims = [["oracle", "SyCoCa"]]\n[common]\ndata.train = "{keys["data"]}"\ntrain.steps = 6\n'
-        f'evaluate_every = 4\nprecision = "fp32"\n{common}{rows}',
+        f'evaluate_every = 1\nprecision = "fp32"\n{common}{rows}',
         encoding="utf-8",
     )
     (tmp_path / "page.md").write_text("<!-- study: two -->\n<!-- /study: two -->\n", encoding="utf-8")
@@ -26,7 +26,7 @@ def test_two_rows_become_a_table(command, tmp_path):
     table = json.loads((tmp_path / "study" / "two" / "table.json").read_text(encoding="utf-8"))
     for row in table["rows"]:
         assert row["seeds"] == 1 and row["steps"] == 6 and row["step_cpu_ms"] > 0 and row["wall_s"] > 0
-        assert row["track"]["step"] == [4, 6] and 0 < row["equal_steps"]["recall"]["mean"] <= 1
+        assert row["track"]["step"] == [1, 2, 3, 4, 5, 6] and 0 < row["equal_steps"]["recall"]["mean"] <= 1
         assert row["equal_steps"]["nats"]["mean"] > 0 and "recall" in row["equal_compute"]
     # The oracle's masks need no score: there is none whose coverage could be told.
     assert "coverage" not in table["rows"][0]["equal_steps"] and "coverage" in table["rows"][1]["equal_steps"]
