@@ -65,6 +65,10 @@ def tabulate(plan: Plan, results: Mapping[str, dict[str, Any]]) -> dict[str, Any
         compared = {"equal_steps": _compared(*final, measure), "equal_compute": _compared(*even, measure)}
         return {"better": better, "worse": worse, "measure": measure, **compared}
 
+    def told(pair: tuple[str, str], measure: str) -> bool:
+        """Whether both rows learn what is measured, as far as is known."""
+        return all(not found[row] or any(measure in run["final"] for run in found[row]) for row in pair)
+
     rows = []
     for row, runs in found.items():
         rows.append(
@@ -91,7 +95,7 @@ def tabulate(plan: Plan, results: Mapping[str, dict[str, Any]]) -> dict[str, Any
         "cheapest": cheapest,
         "environment": {key: sorted({str(e[key]) for e in environments}) for key in (environments or [{}])[0]},
         "rows": rows,
-        "claims": [claim(*rows_of, measure) for rows_of in plan.claims for measure in _JUDGED],
+        "claims": [claim(*pair, measure) for pair in plan.claims for measure in _JUDGED if told(pair, measure)],
     }
 
 
