@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -246,6 +247,19 @@ def test_ranks_share_shards_of_unequal_size_and_damage(tmp_path):
     assert good < sum(sizes) and good + sum(map(int, re.findall(r"(\d+) x lost", line))) == sum(sizes), line
 
 
+def killed_behind_step_5():
+    import train.health
+
+    original = train.health.Skips.after
+
+    def after(self, step, *rest):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, step, *rest)
+
+    train.health.Skips.after = after
+
+
 @pytest.fixture
 def tune(whole, tmp_path):
     """Fine-tunes the run's model."""
@@ -253,11 +267,21 @@ def tune(whole, tmp_path):
     options = ("steps=6", "save_every=3", "micro_batch=4", "log_every=1", "workers=0", "warmup_steps=2")
     known = ("--model", str(tmp_path / "model"), "--data", "scenes?count=60&fresh=false")
 
-    def run(*more: str, prepare=None) -> Run:
+    def run(*more: str, name: str = "tuned", prepare=None) -> Run:
         argv = ("retrieval", *known, *options, *more)
-        return Run(tmp_path / "tuned", *argv, prepare=prepare, script="finetune")
+        return Run(tmp_path / name, *argv, prepare=prepare, script="finetune")
 
     return run
+
+
+@pytest.mark.run
+def test_a_killed_fine_tuning_resumes_bit_for_bit(tune):
+    whole, killed = finished(tune()), tune(name="killed", prepare=killed_behind_step_5)
+    assert killed.wait() == [-signal.SIGKILL] and checkpoint_steps(killed.run_dir) == [3]
+    resumed = finished(tune("--resume", name="killed"))
+    assert "resuming at step 3" in resumed.text and rows(resumed.run_dir) == rows(whole.run_dir)
+    expected, found = (fp32_weights(run.run_dir, 6) for run in (whole, resumed))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @pytest.mark.run
