@@ -31,8 +31,9 @@ test-runs: $(VENV)/.ready
 	  -m "run and not alone and not full and not gpu"
 
 test-faults: $(VENV)/.ready
-	python -m pytest tests/runs/test_faults.py tests/runs/test_disks.py tests/runs/test_signals.py \
-	  tests/runs/test_kills.py tests/runs/test_options.py tests/runs/test_two_hosts.py tests/train/test_durable.py
+	python -m pytest tests/runs/test_faults.py tests/runs/test_faults_tuning.py tests/runs/test_disks.py \
+	  tests/runs/test_signals.py tests/runs/test_kills.py tests/runs/test_options.py tests/runs/test_two_hosts.py \
+	  tests/train/test_durable.py
 
 test-full: $(VENV)/.ready $(VENV)/.triton
 	$(PIP) install --no-deps -c constraints.txt pycocoevalcap

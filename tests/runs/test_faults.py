@@ -5,13 +5,12 @@ import os
 import random
 import re
 import shutil
-import signal
 
 import pytest
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from tests.runs.faults import SMALL, Run, finished, rows, sized
+from tests.runs.plants import BrokenImages, fp32_weights, unreadable
 from tests.train.data.folders import sample_members, write_tar
 from train.checkpoints import newest_sound
 from train.data import open_dataset, readable
@@ -105,40 +104,6 @@ def test_code_in_a_checkpoint_is_not_run(copy, tmp_path):
     assert marker.exists()
 
 
-class BrokenImages:
-    """Images that are not finite.
-
-    Args:
-        rank: on which they come.
-        first: number of the first such batch, from 0.
-        end: number of the first batch behind them.
-    """
-
-    def __init__(self, rank: int, first: int, end: int) -> None:
-        self.rank, self.numbers = rank, range(first, end)
-
-    def __call__(self) -> None:
-        import train.data.ahead
-
-        original = train.data.ahead.Loader.__next__
-        number = -1
-
-        def broken(loader):
-            nonlocal number
-            number += 1
-            loaded = original(loader)
-            if number in self.numbers and os.environ["RANK"] == str(self.rank):
-                side = loaded.images.shape[-2]
-                loaded = loaded._replace(images=torch.full((len(loaded.images), 3, side, side), float("nan")))
-            return loaded
-
-        train.data.ahead.Loader.__next__ = broken
-
-
-def fp32_weights(run_dir, step: int) -> dict[str, torch.Tensor]:
-    return get_fp32_state_dict_from_zero_checkpoint(str(run_dir / "checkpoints"), tag=f"step_{step:08d}")
-
-
 @pytest.mark.parametrize(
     ("stage", "accumulation"),
     [
@@ -203,21 +168,6 @@ def test_a_run_changes_its_ranks_and_its_stage(copy, whole):
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6), wanted["step"]
 
 
-def unreadable():
-    from train.data.sample import BadSample
-    from train.data.scenes import Scenes
-
-    def failing(original):
-        def read(self, index, *rest):
-            if index % 3 == 0:
-                raise BadSample("planted fault", str(index))
-            return original(self, index, *rest)
-
-        return read
-
-    Scenes.pair, Scenes.captioned = failing(Scenes.pair), failing(Scenes.captioned)
-
-
 @pytest.mark.run
 def test_a_source_that_loses_too_much_ends_the_run(tmp_path):
     run = Run(tmp_path / "run", "steps=40", *SMALL, prepare=unreadable)
@@ -245,57 +195,6 @@ def test_ranks_share_shards_of_unequal_size_and_damage(tmp_path):
     # The first such line tells what was seen when the shards were opened.
     line = [line for line in run.text.splitlines() if line.startswith("left out: ")][-1]
     assert good < sum(sizes) and good + sum(map(int, re.findall(r"(\d+) x lost", line))) == sum(sizes), line
-
-
-def killed_behind_step_5():
-    import train.health
-
-    original = train.health.Skips.after
-
-    def after(self, step, *rest):
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, step, *rest)
-
-    train.health.Skips.after = after
-
-
-@pytest.fixture
-def tune(whole, tmp_path):
-    """Fine-tunes the run's model."""
-    shutil.copytree(whole / "model", tmp_path / "model")
-    options = ("steps=6", "save_every=3", "micro_batch=4", "log_every=1", "workers=0", "warmup_steps=2")
-    known = ("--model", str(tmp_path / "model"), "--data", "scenes?count=60&fresh=false")
-
-    def run(*more: str, name: str = "tuned", prepare=None) -> Run:
-        argv = ("retrieval", *known, *options, *more)
-        return Run(tmp_path / name, *argv, prepare=prepare, script="finetune")
-
-    return run
-
-
-@pytest.mark.run
-def test_a_killed_fine_tuning_resumes_bit_for_bit(tune):
-    whole, killed = finished(tune()), tune(name="killed", prepare=killed_behind_step_5)
-    assert killed.wait() == [-signal.SIGKILL] and checkpoint_steps(killed.run_dir) == [3]
-    resumed = finished(tune("--resume", name="killed"))
-    assert "resuming at step 3" in resumed.text and rows(resumed.run_dir) == rows(whole.run_dir)
-    expected, found = (fp32_weights(run.run_dir, 6) for run in (whole, resumed))
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
-
-
-@pytest.mark.run
-def test_fine_tuning_leaves_out_the_same_steps_and_names_them(tune):
-    run = finished(tune(prepare=BrokenImages(0, 2, 3)))
-    assert [row["skipped"] for row in rows(run.run_dir)] == [0, 0, 1, 1, 1, 1]
-    assert "step 3 left out, its gradient is not finite: rank 0, batch 2 of epoch 0 (" in run.text
-
-
-@pytest.mark.run
-def test_fine_tuning_ends_where_its_source_loses_too_much(tune):
-    run = tune("max_left_out=0.02", prepare=unreadable)
-    assert run.wait() == [3], run.text
-    assert "training samples cannot be used, data.max_left_out is 0.02" in run.text and "planted fault" in run.text
 
 
 @pytest.mark.run

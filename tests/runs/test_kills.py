@@ -7,9 +7,9 @@ import signal
 
 import pytest
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from tests.runs.faults import SMALL, Run, finished, rows
+from tests.runs.plants import fp32_weights
 from train.run_folder import checkpoint_steps
 
 STEPS, EVERY = 12, 3
@@ -30,7 +30,7 @@ def options(accumulation: int, workers: int) -> list[str]:
 
 def weights(run_dir) -> dict[str, torch.Tensor]:
     """The fp32 weights of the last checkpoint, without the padding of their partitions."""
-    return get_fp32_state_dict_from_zero_checkpoint(str(run_dir / "checkpoints"), tag=f"step_{STEPS:08d}")
+    return fp32_weights(run_dir, STEPS)
 
 
 @pytest.fixture(scope="module")
