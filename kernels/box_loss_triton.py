@@ -55,7 +55,7 @@ def _sign(x):
 
 
 @triton.jit
-def _loss_kernel(
+def _boxes_kernel(
     pred_ptr,
     target_ptr,
     valid_ptr,
@@ -110,7 +110,7 @@ def _axis_gradient(centre, size, target, target_size, dside, dcommon, daround):
 
 
 @triton.jit
-def _loss_backward_kernel(
+def _boxes_backward_kernel(
     dl1_ptr,
     dgiou_ptr,
     share_ptr,
@@ -160,7 +160,7 @@ def loss(pred: Tensor, target: Tensor, valid: Tensor, mean: bool, min_area: floa
     valid = valid.view(torch.uint8)
     out = tuple(pred.new_empty((), dtype=torch.float32) for _ in range(3))
     with torch.cuda.device_of(pred):
-        _loss_kernel[(1,)](
+        _boxes_kernel[(1,)](
             pred, target, valid, *out, len(pred), *pred.stride(), *target.stride(), *valid.stride(), min_area,
             MEAN=mean, BLOCK_E=tuning.BOXES, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
@@ -177,7 +177,7 @@ def loss_backward(
         return dpred
     valid = valid.view(torch.uint8)
     with torch.cuda.device_of(pred):
-        _loss_backward_kernel[(triton.cdiv(E, tuning.BOXES),)](
+        _boxes_backward_kernel[(triton.cdiv(E, tuning.BOXES),)](
             dl1, dgiou, share, pred, target, valid, dpred, E,
             *pred.stride(), *target.stride(), *valid.stride(), min_area,
             BLOCK_E=tuning.BOXES, num_warps=4, enable_fp_fusion=False,

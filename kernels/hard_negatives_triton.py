@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
+from kernels import dispatch, tuning
 from kernels.device import product_tile
 
+# the interpreter pays by the tile, and several of them must meet
+INTERPRETED_TILE = tuning.PairsTile(16, 16, 4, 1, "interpreted")
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -170,7 +172,7 @@ def sample(
     image_negative, text_negative = (image.new_empty(B, dtype=torch.int64) for _ in range(2))
     if B == 0:
         return image_negative, text_negative
-    tile = tuning.negatives_tile(D, image.element_size())
+    tile = INTERPRETED_TILE if dispatch.interpreting() else tuning.negatives_tile(D, image.element_size())
     tiles = triton.cdiv(B, tile.side)
     # direction, kind of sum, tile, sample
     sums = torch.empty(2, 4, tiles, B, dtype=torch.float32, device=image.device)

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import fused_itc_loss, fused_siglip_loss, gather_patches, masked_patch_loss, scatter_patches
+from kernels import (
+    box_loss,
+    fused_itc_loss,
+    fused_siglip_loss,
+    gather_patches,
+    masked_patch_loss,
+    region_pool,
+    scatter_patches,
+)
 
 # Relative to the norm of the true gradient, in single precision.
 TOLERANCE = 1e-5
@@ -32,6 +40,7 @@ def _cases() -> dict[str, tuple[Compute, list[Tensor]]]:
     image, text = F.normalize(draw(48, 32), dim=1), F.normalize(draw(48, 32), dim=1)
     index = torch.stack([torch.randperm(16, generator=generator)[:6] for _ in range(3)])
     weight, pictures = draw(3, 16, 24), draw(3, 3, 16, 16)
+    boxes = torch.rand(6, 4, generator=generator)
 
     def gather(impl: str, x: Tensor) -> Tensor:
         rows = gather_patches(x, index.to(x.device), impl=impl)
@@ -45,6 +54,15 @@ def _cases() -> dict[str, tuple[Compute, list[Tensor]]]:
         where = index.to(pred.device)
         return masked_patch_loss(pred, pictures.to(pred), where, patch_size=4, kind="mse", impl=impl)
 
+    def pool(impl: str, x: Tensor) -> Tensor:
+        rects = torch.tensor([[0, 0, 4, 4], [1, 2, 3, 3], [0, 0, 1, 4]], dtype=torch.int32, device=x.device)
+        means = region_pool(x, rects, torch.tensor([2, 0, 2], device=x.device), impl=impl)
+        return (means * weight[0, :3].to(x)).sum()
+
+    def overlap(impl: str, pred: Tensor) -> Tensor:
+        valid = torch.arange(len(pred), device=pred.device) != 1
+        return sum(box_loss(pred, boxes.to(pred), valid, impl=impl))
+
     def itc(impl: str, *leaves: Tensor) -> Tensor:
         return fused_itc_loss(*leaves, impl=impl)
 
@@ -57,6 +75,8 @@ def _cases() -> dict[str, tuple[Compute, list[Tensor]]]:
         "gather_patches": (gather, [draw(3, 16, 24)]),
         "scatter_patches": (scatter, [draw(3, 6, 24), draw(24)]),
         "masked_patch_loss": (pixels, [draw(3, 6, 48)]),
+        "region_pool": (pool, [draw(3, 4, 4, 24)]),
+        "box_loss": (overlap, [torch.rand(6, 4, generator=generator)]),
     }
 
 

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the masking kernels, as the launchers would compile them.
+"""Ahead-of-time compilation of the masking kernels, and of the region kernels, as the launchers would compile them.
 
 `python -m tests.kernels.aot_masking few|all` prints one JSON line per kernel, configuration and architecture. The
 launchers run on CPU tensors with the kernels replaced by recorders, so that what is compiled is what would run.
@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels import patch_loss_triton, patches_triton, select_triton, tuning
+from tests.kernels import aot_xvlm
+from tests.kernels.aot import compile_launch
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -171,3 +173,5 @@ def distinct(recorders, architecture):
 if __name__ == "__main__":
     for launch in launches(sys.argv[1] == "all"):
         print(json.dumps(compiled(*launch)), flush=True)
+    for facts, launch in aot_xvlm.launches(sys.argv[1]):
+        print(json.dumps(compile_launch(*launch) | facts), flush=True)

@@ -1,16 +1,11 @@
-"""Ahead-of-time compilation of the region kernels.
-
-`python -m tests.kernels.aot_xvlm few|all` prints one JSON line per kernel, configuration and architecture.
-"""
+"""The region kernels that `aot_masking` compiles, beside its own."""
 
 import itertools
-import json
-import sys
 
 import torch
 
 from kernels import box_loss_triton, hard_negatives_triton, region_pool_triton
-from tests.kernels.aot import compile_launch, recorded
+from tests.kernels.aot import recorded
 
 HALF, FULL = torch.bfloat16, torch.float32
 
@@ -63,8 +58,3 @@ def launches(extent):
                     seen.add(key)
                     facts = {"half": dtype != FULL, "aligned": case[2] % 16 == 0}
                     yield facts, (recorder.kernel, args, options, architecture)
-
-
-if __name__ == "__main__":
-    for facts, arguments in launches(sys.argv[1]):
-        print(json.dumps(compile_launch(*arguments) | facts), flush=True)

@@ -1,4 +1,4 @@
-"""What the masking kernels compile to, for architectures that need not be here, under every Triton at hand."""
+"""What the masking and region kernels compile to, for architectures that need not be here, under every Triton at hand."""
 
 import json
 import os
@@ -12,6 +12,14 @@ pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).parents[2]
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 REGISTERS = 64 * 1024
+REGION_KERNELS = {
+    "_pool_kernel",
+    "_pool_backward_kernel",
+    "_sums_kernel",
+    "_draw_kernel",
+    "_boxes_kernel",
+    "_boxes_backward_kernel",
+}
 
 
 def tritons():
@@ -42,7 +50,15 @@ def assert_legal(row):
     options, instructions = row["options"], row["instructions"]
     assert row["shared"] <= SHARED_BYTES[row["architecture"]], what
     assert row["stack"] == instructions["LDL"] == instructions["STL"] == 0, f"{what} spills"
-    if row["kernel"] == "_select_kernel":
+    if row["kernel"] in REGION_KERNELS:
+        # at least two programs, and twelve warps, on a multiprocessor
+        assert 2 * row["shared"] <= SHARED_BYTES[row["architecture"]], what
+        assert 12 * 32 * row["registers"] <= REGISTERS, f"{what}: {row['registers']} registers"
+        if row["half"] and row["kernel"] in ("_pool_kernel", "_sums_kernel"):
+            # sixteen rectangles are fewer rows than a warp group multiplies
+            wide = row["architecture"] == 90 and row["kernel"] == "_sums_kernel"
+            assert instructions["HGMMA" if wide else "HMMA"] > 0, f"{what} misses the tensor cores"
+    elif row["kernel"] == "_select_kernel":
         threads = 32 * options["num_warps"]
         assert 2 * threads * row["registers"] <= REGISTERS, f"{what}: one program per multiprocessor"
         assert 2 * row["shared"] <= SHARED_BYTES[row["architecture"]], what
@@ -71,7 +87,8 @@ def test_shipped_shapes_compile(folder):
         "_scatter_backward_kernel",
         "_loss_kernel",
         "_loss_backward_kernel",
-    }
+    } | REGION_KERNELS
+    assert {row["architecture"] for row in rows if row["kernel"] == "_pool_kernel"} == {80, 90}
 
 
 @pytest.mark.full

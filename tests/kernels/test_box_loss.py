@@ -7,7 +7,7 @@ from tests.kernels.masking import DTYPES, INTERPRETED, assert_within_budget, dev
 
 IMPLS = fused("box_loss")
 # one; few; one past a tile
-COUNTS = (1, 7, 257)
+COUNTS = (7, 257) if INTERPRETED else (1, 7, 257)
 EVERY = pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 
 
