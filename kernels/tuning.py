@@ -9,6 +9,7 @@ import torch
 
 UNMEASURED = "unmeasured"
 MASKING_ROWS = "bench/results/masking.jsonl"
+XVLM_ROWS = "bench/results/xvlm.jsonl"
 CPU_ROWS = "bench/results/cpu.jsonl"
 
 
@@ -48,15 +49,15 @@ FUSED_FROM: dict[str, dict[str, Threshold]] = {
     },
     # cells of all rectangles times width; pairs; boxes
     "region_pool": {
-        "cpu": Threshold("cpu", 0, UNMEASURED),
+        "cpu": Threshold("cpu", 1 << 18, XVLM_ROWS),
         "cuda": Threshold("triton", 0, UNMEASURED),
     },
     "sample_hard_negatives": {
-        "cpu": Threshold("cpu", 0, UNMEASURED),
+        "cpu": Threshold("cpu", 1 << 18, XVLM_ROWS),
         "cuda": Threshold("triton", 0, UNMEASURED),
     },
     "box_loss": {
-        "cpu": Threshold("cpu", 0, UNMEASURED),
+        "cpu": Threshold("cpu", 1 << 13, XVLM_ROWS),
         "cuda": Threshold("triton", 0, UNMEASURED),
     },
 }

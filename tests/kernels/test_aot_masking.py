@@ -1,4 +1,4 @@
-"""What the masking and region kernels compile to, for architectures that need not be here, under every Triton at hand."""
+"""What the masking and region kernels compile to for architectures that need not be here, under every Triton."""
 
 import json
 import os
