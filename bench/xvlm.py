@@ -37,8 +37,10 @@ REGIONS = Regions(48, 7, 1024, 128), Regions(48, 14, 768, 128)
 SMALL_PAIRS, SMALL_REGIONS, SMALL_BOXES = (
     (16, 256, 512),
     (Regions(8, 7, 128, 20), Regions(16, 7, 256, 40)),
-    (16, 2048, 16384),
+    (16, 1024, 8192),
 )
+# all pairs of more boxes fill gigabytes
+MOST_PAIRWISE = 1024
 
 
 class Case(NamedTuple):
