@@ -57,7 +57,7 @@ FUSED_FROM: dict[str, dict[str, Threshold]] = {
         "cuda": Threshold("triton", 0, UNMEASURED),
     },
     "box_loss": {
-        "cpu": Threshold("cpu", 1 << 13, XVLM_ROWS),
+        "cpu": Threshold("cpu", 1 << 13, UNMEASURED),
         "cuda": Threshold("triton", 0, UNMEASURED),
     },
 }
