@@ -70,7 +70,7 @@ def _title(text: str) -> None:
 
 def _table(rows) -> None:
     for name, value in rows:
-        print(f"  {name:<20} {value}", flush=True)
+        print(f"  {name:<21} {value}", flush=True)
 
 
 def _version(package: str) -> str | None:
@@ -102,7 +102,7 @@ def _devices() -> Iterator[tuple[str, str]]:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     capability = torch.backends.cpu.get_cpu_capability()
-    yield "cpu", f"{cores} cores usable, {torch.get_num_threads()} threads, {capability}"
+    yield "cpu", f"cores usable {cores}, threads {torch.get_num_threads()}, {capability}"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(i)
