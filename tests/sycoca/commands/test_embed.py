@@ -155,8 +155,6 @@ def test_killed_in_the_middle_it_goes_on_and_ctrl_c_is_quiet(sycoca, model_folde
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
-            # A shell's background job ignores Ctrl-C, and what it starts inherits that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def stop(process, number):
