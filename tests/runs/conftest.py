@@ -50,6 +50,9 @@ if "PYTEST_XDIST_WORKER" in os.environ and os.environ.get("ONE_CORE_EACH") == "1
     keep_to_one_core()
 
 
+HALF_TRAINED = "half/model"
+
+
 class Done(NamedTuple):
     """What a finished command left behind."""
 
@@ -93,16 +96,16 @@ def main_job(command, checkout):
     started = time.time()
     done = command("deepspeed train/pretrain.py --config ds_zero2.json", timeout_s=900)
     assert done.code == 0, done.err[-3000:]
+    # At once: other commands of the README write into the same folder.
+    exported = command(f"python -m train.export runs/tiny {HALF_TRAINED} --step 360")
+    assert exported.code == 0, exported.err[-3000:]
     return checkout / "runs" / "tiny", done, started
 
 
 @pytest.fixture(scope="session")
-def half_trained(main_job, command, tmp_path_factory) -> Path:
+def half_trained(main_job, checkout) -> Path:
     """The model of the main job's checkpoint in the middle."""
-    folder = tmp_path_factory.mktemp("half") / "model"
-    done = command(f"python -m train.export {main_job[0]} {folder} --step 360")
-    assert done.code == 0, done.err[-3000:]
-    return folder
+    return checkout / HALF_TRAINED
 
 
 def free_port() -> int:
