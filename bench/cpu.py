@@ -22,13 +22,20 @@ def _itc(B: int, dtype: torch.dtype, rounds: int = 3, peers=None, D: int = 512) 
     contrastive.measure_itc(B, D, dtype, CPU, rounds=rounds, peers=peers, file=FILE)
 
 
+def _small(B: int) -> None:
+    contrastive.measure_small(B, 256, CPU, rounds=21, file=FILE)
+
+
 def _accuracy(dtype: torch.dtype) -> None:
     for scale in (14.3, 100.0):
         contrastive.measure_accuracy(scale, CPU, dtype=dtype, peers=dtype == FP32, file=FILE)
 
 
 SHORT: dict[str, Callable[[], object]] = {
-    **{f"small {B}": partial(contrastive.measure_small, B, 256, CPU, rounds=21, file=FILE) for B in (32, 128, 512)},
+    **{
+        f"small {B}": partial(contrastive.measure_small, B, 256, CPU, rounds=21, file=FILE)
+        for B in (32, 128, 256, 512, 1024)
+    },
     **{f"fp32 {B}": partial(_itc, B, FP32) for B in (1024, 2048, 4096)},
     "bf16 1024": partial(_itc, 1024, BF16, 1, BF16_PEERS),
     **{f"bf16 {B}": partial(_itc, B, BF16, 3, ()) for B in (2048, 4096)},

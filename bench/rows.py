@@ -64,5 +64,7 @@ def _commit() -> str:
         run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
         return run.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../kernels", "../sycoca")
+    # Measured rows and the log are what measuring itself writes.
+    rooms = "../kernels", "../sycoca", "../train", "../bench", ":!results", ":!../train/log.md"
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *rooms)
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if changed else "")

@@ -102,7 +102,9 @@ def explain(operator: str, device: torch.device | str = "cpu") -> Choice:
 def select(operator: str, impl: str, device: torch.device, **sizes: int) -> str:
     """Name of the implementation to run on tensors of `device`; `sizes` are what `tuning.py` decides by."""
     if impl == "auto":
-        return tuning.preferred(operator, device, _runnable(operator, device, interpreting()), **sizes)
+        # A compiler traces through the plain function only.
+        find = _runnable.__wrapped__ if torch.compiler.is_compiling() else _runnable
+        return tuning.preferred(operator, device, find(operator, device, interpreting()), **sizes)
     declared = _declared(operator)
     if impl not in declared:
         raise ValueError(f"{operator}: impl must be 'auto' or one of {', '.join(declared)}, got {impl!r}")

@@ -124,6 +124,9 @@ def exchange_layout(
     if counts is not None:
         fits = len(counts) == world_size and counts[rank] == b
         require(fits, operator, f"counts must give b of {world_size} ranks, {b} at {rank}", list(counts))
+        if dispatch.checks_enabled():
+            found = _gather(torch.tensor([b], dtype=torch.int64, device=device), world_size, group).tolist()
+            require(found == list(counts), operator, f"counts must be those of the ranks, {found}", list(counts))
         return Layout(tuple(counts), rank)
     if world_size == 1:
         return Layout((b,), rank)
@@ -139,7 +142,13 @@ def equal_counts(b: int, group: object) -> tuple[int, ...] | None:
 
 
 def default_group(world_size: int) -> object:
-    """The default process group where there is more than one rank."""
+    """The default process group where there is more than one rank.
+
+    Raises:
+        ValueError: it does not exist yet.
+    """
+    if world_size > 1 and not dist.is_initialized():
+        raise ValueError(f"world_size {world_size}: the process group must be initialised before the loss is made")
     return dist.group.WORLD if world_size > 1 else None
 
 

@@ -19,8 +19,7 @@ from kernels.scaled import scale_gradients
 _NAMESPACE = "sycoca_kernels"
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::itc_small_loss_and_grads", mutates_args=())
-def _loss_and_grads_op(
+def _loss_and_grads(
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor,
@@ -54,6 +53,11 @@ def _loss_and_grads_op(
             if need_text:
                 dT = torch.mm(G.T, I).mul_(s)
         return value, dI if need_image else I.new_empty(0), dT, ds
+
+
+_loss_and_grads_op = torch.library.custom_op(
+    f"{_NAMESPACE}::itc_small_loss_and_grads", _loss_and_grads, mutates_args=()
+)
 
 
 @_loss_and_grads_op.register_fake
@@ -94,10 +98,31 @@ def _autograd(ctx, dloss):
 _attach_op.register_autograd(_autograd, setup_context=_context)
 
 
+class _Eager(torch.autograd.Function):
+    """The same without the dispatch of custom operators, which costs a small batch as much as its arithmetic."""
+
+    @staticmethod
+    def forward(ctx, image, text, logit_scale, needs: list[bool], product: torch.dtype) -> Tensor:
+        value, *gradients = _loss_and_grads(image, text, logit_scale, *needs, product)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes, ctx.scale_shape = [image.dtype, text.dtype, logit_scale.dtype], logit_scale.shape
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss: Tensor):
+        scaled = [dloss * x for x in ctx.saved_tensors]
+        needs = ctx.needs_input_grad[:3]
+        scaled[2] = scaled[2].reshape(ctx.scale_shape) if needs[2] else scaled[2]
+        return *(x.to(dtype) if need else None for x, dtype, need in zip(scaled, ctx.dtypes, needs)), None, None
+
+
 def loss(image: Tensor, text: Tensor, logit_scale: Tensor, product: torch.dtype) -> Tensor:
     """() fp32 for image and text (B, D) and a scale of one element; products in `product`."""
     leaves = image, text, logit_scale
     needs = [x.requires_grad and torch.is_grad_enabled() for x in leaves]
+    if not torch.compiler.is_compiling():
+        return _Eager.apply(*leaves, needs, product)
     value, *gradients = _loss_and_grads_op(*(x.detach() for x in leaves), *needs, product)
     return _attach_op(value, *leaves, *gradients)
 

@@ -213,9 +213,11 @@ def _check_options(config: RunConfig, ds: DeepSpeedJson) -> None:
     train, zero = config.train, ds.zero_optimization
     if train.freeze and config.init is None:
         raise ConfigError(f"train.freeze={','.join(train.freeze)}: without --init that encoder would stay random")
-    sharded = f"ZeRO stage {zero.stage}" if zero.stage else "fp16" if train.precision == "fp16" else None
-    if config.optimizer.name == "lamb" and sharded is not None:
-        raise ConfigError(f"optimizer.name=lamb: it scales the steps of whole tensors, and {sharded} makes flat pieces")
+    if config.optimizer.name == "lamb" and zero.stage:
+        reason = f"it scales the steps of whole tensors, and ZeRO stage {zero.stage} makes flat pieces"
+        raise ConfigError(f"optimizer.name=lamb: {reason}")
+    if config.optimizer.name == "lamb" and train.precision == "fp16":
+        raise ConfigError("optimizer.name=lamb: not tested with train.precision=fp16")
     if train.ema is None:
         return
     if zero.stage == 0 and any(section is not None and section.enabled is True for section in (ds.fp16, ds.bf16)):

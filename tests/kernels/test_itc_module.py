@@ -61,3 +61,22 @@ def test_uneven_ranks():
 @pytest.mark.usefixtures("warm_operators")
 def test_equal_ranks_exchange_no_sizes():
     assert run_ranks(exchanges, 2, *correlated(20, 8, 0.4, 0.1)) == [1, 1]
+
+
+def told_of_unequal_ranks(rank, world_size, image, text):
+    with pytest.raises(ValueError, match=r"counts must be those of the ranks, \[3, 17\]"):
+        mine = slice(0, 3) if rank == 0 else slice(3, None)
+        kernels.FusedClipLoss(world_size=world_size)(image[mine], text[mine], torch.tensor(10.0))
+    return 1
+
+
+@pytest.mark.usefixtures("warm_operators")
+def test_unequal_ranks_are_told_where_values_are_checked(monkeypatch):
+    monkeypatch.setenv("KERNELS_CHECK", "1")
+    assert run_ranks(told_of_unequal_ranks, 2, *correlated(20, 8, 0.4, 0.1)) == [1, 1]
+
+
+@pytest.mark.parametrize("module", [kernels.FusedClipLoss, kernels.FusedSigLipLoss])
+def test_a_world_without_its_group_is_an_error(module):
+    with pytest.raises(ValueError, match="process group must be initialised before"):
+        module(world_size=8)

@@ -32,6 +32,11 @@ def test_the_whole_step_is_measured_beside_open_clip(command, checkout, tmp_path
     assert rows["open_clip"]["tflops"] == pytest.approx(rows["coca"]["tflops"], rel=0.25)
     assert all(row["pairs_per_s"] > 0 and row["peak_mib"] > 0 for row in rows.values())
     assert 0 < rows["sycoca"]["mfu"] < 1.2
+    for name, parts in (("sycoca", {"vision", "vision, second pass", "image_decoder"}), ("open_clip", {"visual"})):
+        assert parts <= rows[name]["parts"].keys()
+        assert rows[name]["phases"].keys() == {"forward", "backward", "clipping", "optimizer"}
+        for shares in (rows[name]["parts"], rows[name]["phases"]):
+            assert sum(shares.values()) == pytest.approx(1, abs=2e-3) and min(shares.values()) >= 0
     assert "of open_clip's" in done.out and "times the FLOPs" in done.out
 
 
