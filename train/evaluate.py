@@ -4,6 +4,7 @@ python train/evaluate.py retrieval --model runs/tiny --data scenes
 """
 
 import argparse
+import hashlib
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ from sycoca.config import ConfigError, to_dict
 from train.command_line import Parser, apply_overrides, split_overrides
 from train.hardware import has_cuda
 from train.run_folder import check_writable
-from train.tasks.class_names import class_names, templates
+from train.tasks.class_names import are_numbers, class_names, templates
 from train.tasks.facts import model_folder, model_settings, task_facts
 from train.tasks.options import (
     EVALUATED,
@@ -98,6 +99,8 @@ def parse(argv: list[str]) -> Evaluation:
     if options.templates is not None:
         templates(options.templates, classes or ())
     source = open_source(args.task, args.data, args.split, image_size=size, classes=classes)
+    if args.task == "zeroshot" and options.classes is None and are_numbers(source.classes):
+        raise ConfigError(f"--data {args.data}: its classes are numbers; give classes=NAME_OR_FILE")
     train = None
     if args.task == "probe":
         if args.train is None and not holds_out("probe", args.data):
@@ -157,9 +160,11 @@ def evaluate(asked: Evaluation) -> None:
 
 
 def file_name(task: str, data: str, split: str) -> str:
-    """Stem of the files of an evaluation."""
-    words = re.findall(r"[A-Za-z0-9]+", re.sub(r"\?.*|\.\w+$", "", data.rstrip("/")))
-    return "-".join([task, *words[-2:], split])
+    """Stem of the files of an evaluation: the end of the path, and a digest where the data's name says more."""
+    path, options, _ = data.partition("?")
+    *rest, folder, name = ["", "", *re.sub(r"\.\w+$", "", path.rstrip("/")).split("/")]
+    digest = [hashlib.sha256(data.encode()).hexdigest()[:6]] if options or any(rest) else []
+    return "-".join([task, *re.findall(r"[A-Za-z0-9]+", f"{folder} {name}"), *digest, split])
 
 
 def main() -> int:

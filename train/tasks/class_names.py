@@ -40,6 +40,11 @@ def class_names(name: str | None) -> tuple[str, ...] | None:
     return names
 
 
+def are_numbers(classes: tuple[str, ...]) -> bool:
+    """Whether classes are numbered only, so that no sentence can name them."""
+    return all(name.isdigit() for name in classes)
+
+
 def templates(name: str | None, classes: tuple[str, ...]) -> tuple[str, ...]:
     """The sentences of a set that is known by name, or of a file with one a line, `{}` where the class stands.
 

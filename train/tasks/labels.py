@@ -19,7 +19,7 @@ from train.data.sample import BadSample, Skipped
 from train.data.scene_words import PLACE_WORDS, place
 from train.data.tars import IMAGE, LABEL, LARGEST_IMAGE, LARGEST_TEXT, scan
 from train.tasks.annotations import require_some
-from train.tasks.class_names import SCENE_PLACES
+from train.tasks.class_names import SCENE_PLACES, are_numbers
 
 # What is judged on may be called either way.
 _INSTEAD = {"val": "test", "test": "val"}
@@ -87,7 +87,9 @@ class ListedLabels(LabelSource):
     def renamed(self, classes: tuple[str, ...]) -> None:
         """Takes the labels to be those of other classes: by name, or by number where its own names are numbers."""
         known = {name: i for i, name in enumerate(classes)}
-        numbered = all(name.isdigit() and int(name) < len(classes) for name in self.classes)
+        numbered = not are_numbers(classes) and all(
+            name.isdigit() and int(name) < len(classes) for name in self.classes
+        )
         kept = []
         for where, label in self._found:
             name = self.classes[label]

@@ -14,7 +14,7 @@ from train.data import DataError, LoadedBatch, batches
 from train.data.region_batches import region_batches
 from train.health import Place
 from train.optim import by_layer
-from train.tasks.class_names import templates
+from train.tasks.class_names import are_numbers, templates
 from train.tasks.classification import name_features
 from train.tasks.facts import task_facts
 from train.tasks.fused_objectives import Locating, Matching, Stating
@@ -102,13 +102,18 @@ def build_objective(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> 
         head = StatementHead(model.config.text.width).to(device)
         return Plan(Stating(model, head), tokenizer, source, ("false", "true"))
     scale, weight = model.logit_scale().item(), None
-    if options.named_head and model.config.learns("itc"):
+    if options.named_head and model.config.learns("itc") and not _unnamed(config, source):
         sentences = templates(options.templates, source.classes)
         weight = name_features(
             model, tokenizer, source.classes, sentences, batch_size=options.batch_size, device=device
         )
     head = LabelHead(model.config.embed_dim, len(source.classes), scale, weight).to(device)
     return Plan(Labelling(model, head), LabelRows(), source, source.classes)
+
+
+def _unnamed(config: FinetuneConfig, source: Any) -> bool:
+    """Whether the classes of labelled images are numbers that nobody asked to be taken for names."""
+    return config.options.classes is None and are_numbers(source.classes)
 
 
 def training_groups(objective: Objective, config: FinetuneConfig) -> list[dict]:
@@ -186,6 +191,8 @@ def judge_untuned(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> No
     facts = task_facts(Path(config.model))
     task = "zeroshot" if config.task == "classification" else config.task
     if task == "nlvr" or (task == "zeroshot" and not model.config.learns("itc")):
+        return
+    if task == "zeroshot" and _unnamed(config, tuning.val):
         return
     if task == "vqa" and not model.config.learns("ic"):
         return

@@ -143,3 +143,31 @@ def test_scst_is_gentler_unless_told_otherwise(place, monkeypatch):
         for more in ([], ["scst=true"], ["scst=true", "lr=0.25"])
     ]
     assert rates[1] == pytest.approx(rates[0] / 5) and rates[2] == 0.25
+
+
+def test_results_of_different_data_have_different_names():
+    names = [
+        "vqav2:v2_OpenEnded_mscoco_val2014_questions.json?annotations=a.json&images=val2014",
+        "vqav2:v2_OpenEnded_mscoco_test2015_questions.json?images=test2015",
+        "nocaps:nocaps_val.json?images=val",
+        "nocaps:my_val.json?images=val",
+        "nocaps:my_val.json?images=other",
+        "one/set/val.tsv",
+        "two/set/val.tsv",
+        "scenes",
+    ]
+    found = [evaluate.file_name("task", name, "val") for name in names]
+    assert len({*found}) == len(names) and all(re.fullmatch(r"[\w-]+", name) for name in found)
+    assert found[-1] == "task-scenes-val" and "test2015-questions" in found[1]
+    assert evaluate.file_name("probe", "cifar10/test.tar", "val") == "probe-cifar10-test-val"
+
+
+def test_numbers_are_no_names_of_classes(place, monkeypatch):
+    monkeypatch.chdir(place)
+    for name in ("0", "2"):
+        (place / "numbered" / name).mkdir(parents=True)
+        (place / "numbered" / name / "x.jpg").write_bytes((place / "val" / COCO).read_bytes())
+    argv = ["zeroshot", "--model", "runs/flickr", "--data", "numbered"]
+    with pytest.raises(ValueError, match="classes are numbers; give classes=NAME_OR_FILE"):
+        evaluate.parse(argv)
+    assert evaluate.parse([*argv, "classes=cifar10"]).source.label(1) == 2

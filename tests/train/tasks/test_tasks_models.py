@@ -3,6 +3,7 @@
 import json
 import math
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from train.tasks.report import chosen_examples, terminal_lines, write_results
 from train.tasks.rows import AnswerRows, CaptionRows, LabelRows, ReferenceRows, WrittenRows
 from train.tasks.scst import SelfCritical
 from train.tasks.sources import open_source
+from train.tasks.tuning import build_objective, judge_untuned
 from train.tasks.vqa import frequent_answers
 
 SIZE = 32
@@ -418,3 +420,14 @@ def test_best_median_and_worst_are_different_samples():
     assert len(everything) == len(set(everything)) == 6
     assert sum(map(len, chosen_examples(examples[:1], 3).values())) == 1
     assert isinstance(Outcome("x", {}, {}, {}, []), tuple) and chosen_examples([], 3)["best"] == []
+
+
+def test_numbered_classes_start_from_zeros_and_are_not_judged_before(model, tokenizer, tmp_path):
+    numbered = SimpleNamespace(classes=("0", "1"))
+    config = SimpleNamespace(task="classification", options=TaskOptions(), model=str(tmp_path))
+    tuning = SimpleNamespace(config=config, train=numbered, val=numbered, run_dir=tmp_path)
+    assert not build_objective(tuning, model, tokenizer, CPU).objective.head.linear.weight.any()
+    judge_untuned(tuning, model, tokenizer, CPU)
+    assert not list(tmp_path.iterdir())
+    numbered.classes = ("cat", "dog")
+    assert build_objective(tuning, model, tokenizer, CPU).objective.head.linear.weight.any()

@@ -169,6 +169,18 @@ def test_labels_of_folders(tmp_path):
     assert len(val) == 2 and val.skipped.counts() == {"class is not among the class names": 1}
 
 
+def test_numbered_classes_of_the_training_images_are_names(tmp_path):
+    for split, names in (("train", "01"), ("val", "02")):
+        for name in names:
+            write_image(tmp_path / "set" / split / name / "0.png")
+    train, val = (
+        open_source("probe", str(tmp_path / "set"), split, image_size=8, classes=classes)
+        for split, classes in (("train", None), ("val", ("0", "1")))
+    )
+    assert train.classes == val.classes and [val.label(i) for i in range(len(val))] == [0]
+    assert val.skipped.counts() == {"class is not among the class names": 1}
+
+
 def test_a_folder_of_splits_is_read_by_split(tmp_path):
     for split in ("train", "test"):
         write_image(tmp_path / "set" / split / "cat" / "deep" / f"{split}.png")
