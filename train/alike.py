@@ -3,7 +3,7 @@
 import os
 import platform
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,11 @@ from train.command_line import leaves
 from train.exits import EXIT_REFUSED, StopRun
 from train.launch import Launch
 
+if TYPE_CHECKING:
+    from train.tasks.launch import Tuning
 
-def require_alike(launch: Launch) -> None:
+
+def require_alike(launch: "Launch | Tuning") -> None:
     """All ranks call it, as the first thing they do together.
 
     Raises:
@@ -30,7 +33,7 @@ def require_alike(launch: Launch) -> None:
             raise StopRun(f"rank {rank} on {its_host} differs from rank 0 on {host}: {shown}{more}", EXIT_REFUSED)
 
 
-def settings(launch: Launch) -> dict[str, str]:
+def settings(launch: "Launch | Tuning") -> dict[str, str]:
     """What has to be the same on all ranks, by name."""
     import deepspeed
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from train.checkpoint_files import CheckpointError, DurableFiles, read
 from train.config import TrainConfig
-from train.durable import Fault, faults, read_manifest, record, sync, write_atomically, write_manifest
+from train.durable import MANIFEST, Fault, faults, read_manifest, record, sync, write_atomically, write_manifest
 from train.run_folder import checkpoint_steps
 from train.together import agree, together
 
@@ -89,6 +89,9 @@ def save_checkpoint(
     if first and not any(failure for _, failure in parts):
         with _noted(files):
             everything = {file: record for part, _ in parts for file, record in part.items()}
+            for file in everything:
+                if not (partial / name / file).is_file():
+                    raise OSError(f"{file} of another rank is not in {partial.parent}: is the run folder shared?")
             body = {"step": step, "ranks": len(parts), "stage": engine.zero_optimization_stage(), **(facts or {})}
             write_manifest(partial / name, body, everything)
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -217,9 +220,10 @@ def load_reshaped(engine: Any, run_dir: Path, step: int, *, trusted: bool = Fals
     target, failure = folder / _UNIVERSAL / tag(step), None
     if dist.get_rank() == 0:
         try:
-            for path in sorted((folder / tag(step)).glob("*.pt")):
-                # The converter would read anything.
-                read(path, trusted=trusted)
+            # The converter reads every file of the folder, and of folders in it, whose name begins as it expects.
+            for path in sorted(path for path in (folder / tag(step)).rglob("*") if path.is_file()):
+                if path.name != MANIFEST:
+                    read(path, trusted=trusted)
             convert(folder / tag(step), target, engine.module)
         except (CheckpointError, OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
             failure = f"{tag(step)} could not be reshaped: {error}"

@@ -50,8 +50,8 @@ class LostRank(StopRun):
 
 
 def refused(error: Exception) -> int:
-    """Tells a mistake that every rank finds, once."""
-    if _rank() == "0":
+    """Tells a mistake that every rank finds, once on each machine: another's files may be the ones that are missing."""
+    if os.environ.get("LOCAL_RANK", _rank()) == "0":
         _tell(of_the_system(error) if isinstance(error, OSError) else str(error))
     return EXIT_REFUSED
 

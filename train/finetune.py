@@ -31,6 +31,7 @@ def finetune(tuning: Tuning) -> None:
     import torch.distributed as dist
 
     from sycoca.hub import load_pretrained
+    from train.alike import require_alike
     from train.budget import Budget
     from train.checkpoints import Saver, choose, load_checkpoint, prepare, told
     from train.data.order import mix
@@ -47,6 +48,7 @@ def finetune(tuning: Tuning) -> None:
     config, train, run_dir = tuning.config, tuning.config.train, tuning.run_dir
     request = StopRequest()
     start_process_group(deepspeed, has_cuda(), train.timeout_s)
+    require_alike(tuning)
     rank, world = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD if world > 1 else None
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
@@ -56,10 +58,11 @@ def finetune(tuning: Tuning) -> None:
             write_atomically(run_dir / "config.json", json.dumps(tuning.effective(), indent=2) + "\n")
 
     torch.manual_seed(train.seed)
-    try:
-        model, tokenizer, _ = load_pretrained(config.model, device=device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    with together():
+        try:
+            model, tokenizer, _ = load_pretrained(config.model, device=device)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     with together():
         if rank == 0 and not tuning.resume:
             judge_untuned(tuning, model, tokenizer, device)

@@ -87,6 +87,8 @@ def test_code_in_a_checkpoint_is_not_run(copy, tmp_path):
     from train.durable import read_manifest, record, write_manifest
 
     marker, folder = tmp_path / "marker", copy / "checkpoints" / "step_00000006"
+    sound = tmp_path / "sound"
+    shutil.copytree(folder, sound)
     for file in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
         state = torch.load(folder / file, weights_only=False)
         state["planted"] = Planted(marker)
@@ -97,6 +99,17 @@ def test_code_in_a_checkpoint_is_not_run(copy, tmp_path):
     # Whoever plants code can make a manifest that agrees.
     write_manifest(folder, facts, {name: record(folder / name) for name in files})
     run = Run(copy, *longer())
+    assert run.wait() == [3] and not marker.exists()
+    assert "could run code; refused" in run.text and "Traceback" not in run.text
+    # By way of DeepSpeed's converter, under a name that it alone would read.
+    other = tmp_path / "other"
+    shutil.copytree(copy, other)
+    there = other / "checkpoints" / folder.name
+    shutil.copy(there / "mp_rank_00_model_states.pt", there / "mp_rank_99")
+    for name in files:
+        shutil.copy(sound / name, there / name)
+    write_manifest(there, facts, {name: record(there / name) for name in (*files, "mp_rank_99")})
+    run = Run(other, *longer("--reshape"), stage=1)
     assert run.wait() == [3] and not marker.exists()
     assert "could run code; refused" in run.text and "Traceback" not in run.text
     run = Run(copy, *longer("--trust-checkpoint"))
@@ -160,10 +173,11 @@ def test_a_run_changes_its_ranks_and_its_stage(copy, whole):
     finished(Run(run_dir, "steps=2", "save_every=2", *smooth, world=2, stage=2))
     expected = copy.parent / "expected"
     shutil.copytree(run_dir, expected)
-    finished(Run(expected, "--resume", "steps=4", "save_every=2", *smooth, world=2, stage=2))
+    finished(Run(expected, "--resume", "steps=5", "save_every=2", *smooth, world=2, stage=2))
     sizes = [option for option in smooth if not option.startswith("micro_batch")]
     finished(Run(run_dir, "--resume", "--reshape", "steps=3", "save_every=1", *sizes, world=1, stage=3))
-    finished(Run(run_dir, "--resume", "--reshape", "steps=4", "save_every=1", *sizes, world=2, stage=1))
+    # The second step's loss is that of weights which the moments of the first one moved.
+    finished(Run(run_dir, "--resume", "--reshape", "steps=5", "save_every=1", *sizes, world=2, stage=1))
     for found, wanted in zip(rows(run_dir), rows(expected), strict=True):
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6), wanted["step"]
 
