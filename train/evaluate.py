@@ -21,7 +21,7 @@ from train.command_line import Parser, apply_overrides, split_overrides
 from train.hardware import has_cuda
 from train.run_folder import check_writable
 from train.tasks.class_names import are_numbers, class_names, templates
-from train.tasks.facts import model_folder, model_settings, task_facts
+from train.tasks.facts import model_folder, model_settings, task_facts, vqa_method
 from train.tasks.options import (
     EVALUATED,
     TRAINING_ONLY,
@@ -65,7 +65,8 @@ def parse(argv: list[str]) -> Evaluation:
         "  python train/evaluate.py captioning --data 'nocaps:nocaps_val.json?images=val' beams=5 meteor=true\n"
         "  python train/evaluate.py retrieval --model runs/xvlm_tiny rerank=32\n"
         "  python train/evaluate.py grounding --data refcoco_plus/testA.jsonl --split all\n"
-        "  python train/evaluate.py vqa --data 'vqav2:questions.json?annotations=answers.json&images=val2014'\n"
+        "  python train/evaluate.py vqa --data 'vqav2:questions.json?annotations=answers.json&images=val2014' \\\n"
+        "    --train 'vqav2:train_questions.json?annotations=train_answers.json&images=train2014'\n"
         "  python train/evaluate.py zeroshot --data cifar10/test.tar classes=cifar10\n"
         "  python train/evaluate.py probe --train cifar10/train.tar --data cifar10/test.tar\n",
     )
@@ -73,7 +74,7 @@ def parse(argv: list[str]) -> Evaluation:
     p.add_argument("--model", help="folder of a model or of a run; the newest run without it")
     p.add_argument("--data", default="scenes", help="what is judged on, as the task's own sources are written")
     p.add_argument("--split", default="val", help="train, val, test, or all of a table")
-    p.add_argument("--train", help="labelled images that a probe is fitted to; the source's training part without it")
+    p.add_argument("--train", help="what a probe is fitted to, or vqa ranks the answers of; scenes have their own")
     p.add_argument("--out", type=Path, help="folder of the results; the model's own without it")
     p.add_argument("options", nargs="*", metavar="key=value", help="options of the task, such as limit=500 or beams=5")
     args = p.parse_intermixed_args(argv)
@@ -83,8 +84,8 @@ def parse(argv: list[str]) -> Evaluation:
         raise ConfigError(f"{name} belongs to train/finetune.py")
     check_meant(args.task, set(overrides))
     options = apply_overrides(TaskOptions(), overrides)
-    if args.train is not None and args.task != "probe":
-        raise ConfigError(f"--train belongs to probe, not to {args.task}")
+    if args.train is not None and args.task not in ("probe", "vqa"):
+        raise ConfigError(f"--train belongs to probe and vqa, not to {args.task}")
     folder = model_folder(args.model)
     facts, settings = task_facts(folder), model_settings(folder)
     check_objectives(args.task, settings["objectives"], folder)
@@ -106,8 +107,15 @@ def parse(argv: list[str]) -> Evaluation:
         if args.train is None and not holds_out("probe", args.data):
             raise ConfigError(f"--data {args.data}: probe needs --train as well, the images that it is fitted to")
         train = open_source("probe", args.train or args.data, "train", image_size=size, classes=source.classes)
-    elif args.task == "vqa" and args.data.partition("?")[0] == "scenes":
-        train = open_source("vqa", args.data, "train", image_size=size)
+    elif args.task == "vqa" and vqa_method(options.vqa, facts) == "rank":
+        if args.train is None and args.data.partition("?")[0] != "scenes":
+            raise ConfigError(
+                f"--data {args.data}: vqa=rank needs --train as well, questions with the answers that are ranked; "
+                "vqa=generate needs none"
+            )
+        train = open_source("vqa", args.train or args.data, "train", image_size=size)
+    elif args.task == "vqa" and args.train is not None:
+        raise ConfigError("--train: of vqa=rank; classify and generate have no candidates")
     out = args.out or folder
     check_writable(out, "--out" if args.out else "--model")
     return Evaluation(args.task, folder, args.data, args.split, out, options, facts, source, train)
@@ -119,7 +127,7 @@ def evaluate(asked: Evaluation) -> None:
 
     from sycoca.hub import load_pretrained
     from train.tasks.heads import load_head
-    from train.tasks.judge import judge, vqa_method
+    from train.tasks.judge import judge
     from train.tasks.report import terminal_lines, write_results
 
     device = torch.device("cuda" if has_cuda() else "cpu")
@@ -156,6 +164,8 @@ def evaluate(asked: Evaluation) -> None:
     if found.skipped:
         print(found.skipped.line())
     print("\n".join(terminal_lines(found.outcome)))
+    if origin := found.outcome.figures.get("candidates from"):
+        print(f"candidates from {origin}")
     print(f"left in {asked.out}: {name}.json, {name}.html ({found.seconds:.1f} s)", flush=True)
 
 

@@ -131,7 +131,9 @@ class Pictures:
     def find_coco(self, image_id: int, subtype: str = "") -> str | None:
         """The file of COCO's image of this number."""
         plain = f"{image_id:012d}.jpg"
-        return self.find(plain, f"COCO_{subtype}_{plain}", f"{image_id}.jpg", f"{image_id}.png")
+        # Questions of test-dev2015 are about images of test2015.
+        named = [f"COCO_{part}_{plain}" for part in (subtype, subtype.replace("-dev", ""))]
+        return self.find(plain, *named, f"{image_id}.jpg", f"{image_id}.png")
 
     def read(self, name: str):
         """An image; raises BadSample where it cannot be used."""

@@ -20,6 +20,18 @@ def task_facts(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a task's JSON: {error}") from None
 
 
+def vqa_method(asked: str, facts: dict[str, Any]) -> str:
+    """How questions are answered; by default as the model was fine-tuned to.
+
+    Raises:
+        ConfigError: a classifier is asked for and there is none.
+    """
+    tuned = facts.get("method") if facts.get("task") == "vqa" else None
+    if asked == "classify" and tuned != "classify":
+        raise ConfigError("vqa=classify: this model was not fine-tuned to classify answers")
+    return (tuned or "rank") if asked == "auto" else asked
+
+
 def model_folder(asked: str | None) -> Path:
     """The folder of the model asked for, without one the newest run that left a model.
 
@@ -35,6 +47,11 @@ def model_folder(asked: str | None) -> Path:
     if not path.is_dir():
         known = [str(p) for p in path.parent.glob("*/")] if path.parent.is_dir() else []
         raise ConfigError(f"--model {asked}: no such folder{nearest(str(path), known)}")
+    if (path / "open_clip_config.json").is_file():
+        raise ConfigError(
+            f"--model {asked}: a model of OpenCLIP; convert it first: found = sycoca.load_pretrained({str(path)!r}); "
+            "found.model.save_pretrained(FOLDER, tokenizer=found.tokenizer)"
+        )
     if not any((path / part / "config.json").is_file() for part in ("model", ".")):
         raise ConfigError(f"--model {asked}: no model in this folder")
     if not any((path / part / "model.safetensors").is_file() for part in ("model", ".")):

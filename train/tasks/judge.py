@@ -3,7 +3,6 @@
 import time
 from typing import Any, NamedTuple
 
-from sycoca.config import ConfigError
 from train.data.sample import Skipped
 from train.tasks import captioning, choosing, classification, grounding, nlvr, retrieval, vqa
 from train.tasks.class_names import templates
@@ -18,18 +17,6 @@ class Judged(NamedTuple):
     outcome: Outcome
     skipped: Skipped
     seconds: float
-
-
-def vqa_method(asked: str, facts: dict[str, Any]) -> str:
-    """How questions are answered; by default as the model was fine-tuned to.
-
-    Raises:
-        ConfigError: a classifier is asked for and there is none.
-    """
-    tuned = facts.get("method") if facts.get("task") == "vqa" else None
-    if asked == "classify" and tuned != "classify":
-        raise ConfigError("vqa=classify: this model was not fine-tuned to classify answers")
-    return (tuned or "rank") if asked == "auto" else asked
 
 
 def judge(
@@ -95,4 +82,8 @@ def judge(
                     )
             how |= {"method": method, "head": head, "candidates": candidates}
             outcome = vqa.evaluate(model, tokenizer, source, **how)
+            if method == "rank":
+                taken = train or source
+                origin = {"candidates from": f"{taken.name}, {taken.split}"}
+                outcome = outcome._replace(figures=origin | outcome.figures)
     return Judged(outcome, skipped, time.perf_counter() - started)

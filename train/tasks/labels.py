@@ -7,6 +7,8 @@ A folder is one of `train.data.classes`. A tar file holds `CLASS/NAME.jpg`, or W
 """
 
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from train.tasks.class_names import SCENE_PLACES, are_numbers
 
 # What is judged on may be called either way.
 _INSTEAD = {"val": "test", "test": "val"}
+_WORDNET = re.compile(r"n\d{8}")
 
 
 class LabelSource(Source):
@@ -87,6 +90,15 @@ class ListedLabels(LabelSource):
     def renamed(self, classes: tuple[str, ...]) -> None:
         """Takes the labels to be those of other classes: by name, or by number where its own names are numbers."""
         known = {name: i for i, name in enumerate(classes)}
+        if (
+            len(self.classes) == len(classes)
+            and all(map(_WORDNET.fullmatch, self.classes))
+            and not known.keys() & {*self.classes}
+        ):
+            known = {name: i for i, name in enumerate(self.classes)}
+            if os.environ.get("RANK", "0") == "0":
+                told = f"'{self.name}': {len(classes)} WordNet numbers stand for the classes in sorted order"
+                print(f"{told}, {self.classes[0]} for {classes[0]!r}", file=sys.stderr, flush=True)
         numbered = not are_numbers(classes) and all(
             name.isdigit() and int(name) < len(classes) for name in self.classes
         )

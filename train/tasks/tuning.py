@@ -16,10 +16,10 @@ from train.health import Place
 from train.optim import by_layer
 from train.tasks.class_names import are_numbers, templates
 from train.tasks.classification import name_features
-from train.tasks.facts import task_facts
+from train.tasks.facts import task_facts, vqa_method
 from train.tasks.fused_objectives import Locating, Matching, Stating
 from train.tasks.heads import AnswerHead, Head, LabelHead, StatementHead, save_task
-from train.tasks.judge import judge, vqa_method
+from train.tasks.judge import judge
 from train.tasks.launch import FinetuneConfig, Tuning
 from train.tasks.nlvr import statement_batches
 from train.tasks.objectives import AnswerChoosing, AnswerWriting, Contrast, Labelling, Objective, Writing

@@ -62,7 +62,7 @@ def place(tmp_path_factory):
         path = place / "refcoco_plus" / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text((json.dumps(line) + "\n") * count, encoding="utf-8")
-    for folder in ("val", "val2014", "val2017", "nlvr2"):
+    for folder in ("val", "val2014", "train2014", "val2017", "nlvr2"):
         (place / folder).mkdir()
         (place / folder / COCO).write_bytes(buffer.getvalue())
     asked = {"question_id": 1, "image_id": 1, "question": "what?"}
@@ -73,6 +73,8 @@ def place(tmp_path_factory):
         },
         "questions.json": {"questions": [asked]},
         "answers.json": {"annotations": [asked | {"answers": [{"answer": "yes"}]}]},
+        "train_questions.json": {"questions": [asked]},
+        "train_answers.json": {"annotations": [asked | {"answers": [{"answer": "no"}]}]},
         "aokvqa_val.json": [asked | {"question_id": "x", "choices": ["a", "b"], "correct_choice_idx": 0}],
         "train.json": [{"images": [COCO, COCO], "sentence": "two", "label": "True"}] * 140,
         "dev.json": [{"images": [COCO, COCO], "sentence": "two", "label": "False"}] * 2,
@@ -171,3 +173,21 @@ def test_numbers_are_no_names_of_classes(place, monkeypatch):
     with pytest.raises(ValueError, match="classes are numbers; give classes=NAME_OR_FILE"):
         evaluate.parse(argv)
     assert evaluate.parse([*argv, "classes=cifar10"]).source.label(1) == 2
+
+
+def test_answers_to_rank_are_not_those_of_the_judged_questions(place, monkeypatch):
+    monkeypatch.chdir(place)
+    argv = ["vqa", "--model", "runs/flickr", "--data", "vqav2:questions.json?annotations=answers.json&images=val2014"]
+    with pytest.raises(ValueError, match="vqa=rank needs --train as well"):
+        evaluate.parse(argv)
+    train = ["--train", "vqav2:train_questions.json?annotations=train_answers.json&images=train2014"]
+    assert evaluate.parse([*argv, *train]).train.asked(0)[0].answers == ("no",)
+    assert evaluate.parse([*argv, "vqa=generate"]).train is None
+    with pytest.raises(ValueError, match="have no candidates"):
+        evaluate.parse([*argv, *train, "vqa=generate"])
+
+
+def test_a_model_of_openclip_is_refused_with_the_way_to_convert_it(tmp_path):
+    (tmp_path / "open_clip_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"load_pretrained\(.*save_pretrained\(FOLDER, tokenizer"):
+        evaluate.parse(["retrieval", "--model", str(tmp_path)])

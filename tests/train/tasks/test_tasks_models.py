@@ -151,6 +151,7 @@ def test_vqa_answers_in_three_ways(model, tokenizer):
     found = {}
     for method in ("classify", "generate", "rank"):
         judged = judge("vqa", model, tokenizer, opened, options=FEW, device=CPU, method=method, head=head, train=opened)
+        assert judged.outcome.figures.get("candidates from") == ("scenes, val" if method == "rank" else None)
         found[method] = judged.outcome
         answers = judged.outcome.figures["answers"]
         assert len(answers) == judged.outcome.figures["questions"] and {*answers[0]} == {"question_id", "answer"}

@@ -96,6 +96,13 @@ def test_test_questions_have_no_answers(vqa):
         open_source("vqa", f"vqav2:{q}?images={images}", "train", image_size=8)
 
 
+def test_images_of_test_dev_are_those_of_test(tmp_path):
+    write_image(tmp_path / "images" / "COCO_test2015_000000000001.jpg")
+    asked = {"question_id": 1, "image_id": 1, "question": "what?"}
+    q = write(tmp_path / "q.json", {"data_subtype": "test-dev2015", "questions": [asked]})
+    assert len(open_source("vqa", f"vqav2:{q}?images={tmp_path / 'images'}", "test", image_size=8)) == 1
+
+
 def test_aokvqa(tmp_path, images):
     whole = {"image_id": 3, "question": "what is it?", "choices": ["a", "b", "c", "d"], "correct_choice_idx": 2}
     path = write(
@@ -179,6 +186,18 @@ def test_numbered_classes_of_the_training_images_are_names(tmp_path):
     )
     assert train.classes == val.classes and [val.label(i) for i in range(len(val))] == [0]
     assert val.skipped.counts() == {"class is not among the class names": 1}
+
+
+def test_wordnet_numbers_take_the_classes_in_order(tmp_path, capsys):
+    for name in ("n01443537", "n01440764"):
+        write_image(tmp_path / "set" / name / "0.png")
+    source = open_source("zeroshot", str(tmp_path / "set"), "val", image_size=8, classes=("tench", "goldfish"))
+    found = {Path(source.image(i)[1]).parent.name: source.classes[source.label(i)] for i in range(2)}
+    told = capsys.readouterr().err
+    assert found == {"n01440764": "tench", "n01443537": "goldfish"}
+    assert told.count("\n") == 1 and "n01440764 for 'tench'" in told
+    with pytest.raises(DataError, match="class is not among the class names"):
+        open_source("zeroshot", str(tmp_path / "set"), "val", image_size=8, classes=("tench", "goldfish", "cat"))
 
 
 def test_a_folder_of_splits_is_read_by_split(tmp_path):
