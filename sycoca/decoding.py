@@ -23,6 +23,7 @@ class Decoding:
         repetition_penalty: factor on the log-probability of tokens that the caption already holds; above 1 avoids them.
         no_repeat_ngram: length of the sequences of tokens that no caption holds twice; 0 allows all.
         seed: of the draws; from torch's own generator where None.
+        first: place of the first image among those that share the seed; the draws of an image follow both.
 
     Raises:
         ValueError: a value out of its range, or options that exclude one another.
@@ -39,6 +40,7 @@ class Decoding:
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
     seed: int | None = None
+    first: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):

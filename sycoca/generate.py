@@ -14,6 +14,7 @@ from torch import Tensor
 from sycoca.beam import beam_search
 from sycoca.cache import Cached, Session
 from sycoca.decoding import Decoding
+from sycoca.masking import hash_int
 from sycoca.sampling import Constraints, draw
 
 __all__ = ["Caption", "Decoding", "Generated", "generate", "generate_from", "generate_scored", "generate_tokens"]
@@ -234,8 +235,13 @@ def write(
 
 def _drawer(decoding: Decoding, images: int, most: int, device: torch.device) -> Callable[[Tensor, int], Tensor]:
     """Draws whose numbers depend on the seed and the place of the image, not on the number of images."""
-    seeded = None if decoding.seed is None else torch.Generator().manual_seed(decoding.seed)
-    uniform = torch.rand(images * decoding.num_return, most, generator=seeded).to(device)
+    size = decoding.num_return, most
+    if decoding.seed is None:
+        uniform = torch.rand(images * size[0], most).to(device)
+    else:
+        key, places = hash_int(decoding.seed), range(decoding.first, decoding.first + images)
+        seeded = [torch.Generator().manual_seed(hash_int(key + place)) for place in places]
+        uniform = torch.cat([torch.rand(size, generator=own) for own in seeded]).to(device)
 
     def choose(log_probs: Tensor, position: int) -> Tensor:
         return draw(log_probs, uniform[:, position], decoding.temperature, decoding.top_k, decoding.top_p)

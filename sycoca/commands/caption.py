@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
     for batch in inputs.batches(progress(pictures, len(paths), "image"), args.batch_size):
         names, images = [path for path, _ in batch], inputs.to_images([picture for _, picture in batch], device)
         if "seed" in options:
-            # Every batch draws its own numbers, whatever came before it.
-            options["seed"] = args.seed + used
+            # The draws of an image do not follow the size of the batches.
+            options["first"] = used
         with _on_the_command_line():
             captions = generate_scored(model, loaded.tokenizer, _seen(model, images), prompt=args.prompt, **options)
         for name, said in zip(names, captions):

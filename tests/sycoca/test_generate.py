@@ -318,6 +318,16 @@ def test_draws_repeat_with_their_seed_and_differ_without(tokenizer, images):
     assert generate(model, tokenizer, images, **options) != generate(model, tokenizer, images, **options)
 
 
+def test_draws_follow_seed_and_place_not_the_batch(model, tokenizer, images):
+    same = images[:1].expand(4, -1, -1, -1)
+    options = {"temperature": 1.0, "max_length": 8}
+    whole = generate(model, tokenizer, same, seed=1, **options)
+    parts = [generate(model, tokenizer, same[:n], seed=1, first=k, **options) for k, n in ((0, 1), (1, 3))]
+    assert parts[0] + parts[1] == whole
+    # Neither a place nor a seed further on draws the same.
+    assert generate(model, tokenizer, same[:3], seed=2, **options) != whole[1:]
+
+
 def test_draws_follow_the_model(model, images):
     features = model.encode_image(images[:1])
     found = generate_tokens(model, features, temperature=1.0, seed=0, num_return=400, max_length=2)
