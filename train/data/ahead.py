@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from train.data.sample import DataError, Skipped, Source
 
 _PREFETCH = 3
-# Global batches between asking a far source for samples and using them.
+# Global batches between asking a far source for samples and using them, at most.
 _AHEAD = 32
 Fault = tuple[str, str, int]
 
@@ -61,7 +61,11 @@ class Maker(Dataset):
         """Tells a far source what will be wanted; `step` is how many positions of an epoch a global batch has."""
         if not self.source.far:
             return
-        epochs, later = np.divmod(positions + _AHEAD * step, len(self.source))
+        # Whole batches, because a rank reads its own places of each.
+        ahead = min(_AHEAD, max(1, -(-self.source.reach // step)))
+        worker = get_worker_info()
+        self.source.spans((ahead + (worker.num_workers if worker else 1)) * step)
+        epochs, later = np.divmod(positions + ahead * step, len(self.source))
         if epochs.max(initial=0) < 2:
             for turn in (0, 1):
                 self.source.prefetch(self.source.order(epoch + turn, later[epochs == turn], self.seed))

@@ -18,6 +18,7 @@ from train.data.progress import progress
 from train.data.sample import BadSample, Sample, Skipped, Source
 
 _LOOKED_AT = 500
+_PICTURES = (".png", ".jpg", ".jpeg")
 _CELL, _COLUMNS, _ROWS = 160, 6, 4
 
 
@@ -148,6 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(sys.argv[1:] if argv is None else argv)
     try:
         check_source(arguments.spec)
+        if arguments.sheet.suffix.lower() not in _PICTURES:
+            raise DataError(f"--sheet {arguments.sheet}: a picture's name ends in {', '.join(_PICTURES)}")
         if arguments.image_size < 1:
             raise DataError(f"--image-size {arguments.image_size}: needs at least 1")
         missing = inspect(arguments)

@@ -56,6 +56,7 @@ class Mixture(Source):
             part = parts[int(np.argmin(places))]
             raise DataError(f"data source {name!r}: the weight of '{part.name}' is below 1/{PERIOD} of all")
         self._places = places
+        self.reach = min((p.reach * PERIOD // int(n) for p, n in zip(parts, places) if p.far), default=0)
         self._period: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -139,6 +140,10 @@ class Mixture(Source):
     def ready(self) -> None:
         for part in self._parts:
             part.ready()
+
+    def spans(self, samples: int) -> None:
+        for part, places in zip(self._parts, self._places):
+            part.spans(-(-samples * int(places) // PERIOD))
 
     def prefetch(self, numbers: np.ndarray) -> None:
         plain = np.asarray(numbers) % len(self)

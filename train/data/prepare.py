@@ -5,6 +5,7 @@ python -m train.data.prepare --index SPEC OUT      writes OUT alone: the index o
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
 import multiprocessing
@@ -108,7 +109,8 @@ def _jobs(sources: dict[str, Source], shard_samples: int) -> list[Job]:
 def _quiet_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A worker whose parent was killed must not go on writing beside the next start.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _pool(function: Callable, jobs: list, workers: int) -> Iterator:

@@ -177,7 +177,7 @@ class Source:
 
     `fresh` says that every epoch has samples of its own: epoch e holds the indices e * len(self) + i.
     `repeats` says that an epoch may show a sample more than once.
-    `far` says that samples come over a network, so that it helps to name them ahead.
+    `far` says that samples come over a network, so that it helps to name them ahead, by about `reach` samples.
     `skipped` accounts for what was left out while the source was opened.
     """
 
@@ -186,6 +186,7 @@ class Source:
     fresh: bool = False
     repeats: bool = False
     far: bool = False
+    reach: int = 0
     skipped: Skipped
 
     def __len__(self) -> int:
@@ -266,6 +267,9 @@ class Source:
 
     def ready(self) -> None:
         """Reads what the samples share, before workers are forked."""
+
+    def spans(self, samples: int) -> None:
+        """Told how far apart in the order lie samples that are read or prefetched at one time."""
 
     def prefetch(self, numbers: np.ndarray) -> None:
         """Told which samples will be asked for soon; a source that fetches from afar begins with it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -26,7 +27,7 @@ class ShardCache:
 
     Args:
         folder: keeps all of them, for later runs too; None takes a temporary folder that keeps the last `keep`.
-        keep: how many shards a temporary folder holds.
+        keep: how many shards a temporary folder holds, at least.
     """
 
     def __init__(self, folder: str | None, keep: int) -> None:
@@ -68,33 +69,51 @@ class ShardCache:
     def _make_room(self, newest: Path) -> None:
         if self._keep is None:
             return
-        files = sorted((f for f in self._folder.glob("*.tar") if f != newest), key=lambda f: f.stat().st_mtime)
+        files = sorted((f for f in self._folder.glob("*.tar") if f != newest), key=_age)
         # Whoever reads one of them still holds it open.
         for file in files[: max(0, len(files) + 1 - self._keep)]:
             file.unlink(missing_ok=True)
 
+    def room(self, keep: int) -> None:
+        """Lets a temporary folder hold at least so many shards."""
+        if self._keep is not None:
+            self._keep = max(self._keep, keep)
+
     def ahead(self, shard: Shard) -> None:
         """Begins to fetch a shard in the background."""
-        if shard.place in self._asked:
-            return
         if self._ahead is None or self._ahead[0] != os.getpid():
             # A thread does not survive the fork of a worker.
             self._asked = set()
             self._ahead = os.getpid(), queue.SimpleQueue()
-            threading.Thread(target=_fetch_all, args=(self._ahead[1], self.path), daemon=True).start()
-        if len(self._asked) > 1000:
-            self._asked.clear()
-        self._asked.add(shard.place)
-        self._ahead[1].put(shard)
+            threading.Thread(target=_fetch_all, args=(self._ahead[1], self._asked, self.path), daemon=True).start()
+        if shard.place not in self._asked and not self._wanted(self._file(shard)):
+            self._asked.add(shard.place)
+            self._ahead[1].put(shard)
+
+    def _wanted(self, file: Path) -> bool:
+        """Whether a file is here; a temporary one then is the last to go."""
+        if self._keep is None:
+            return file.exists()
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(file)
+            return True
+        return False
 
 
-def _fetch_all(waiting: queue.SimpleQueue, path: Callable[[Shard], Path]) -> None:
+def _fetch_all(waiting: queue.SimpleQueue, asked: set[str], path: Callable[[Shard], Path]) -> None:
     while True:
-        try:
-            path(waiting.get())
-        except (FetchError, OSError):
-            # Whoever reads the shard is told.
-            continue
+        shard = waiting.get()
+        # Whoever reads a shard that does not come is told.
+        with contextlib.suppress(FetchError, OSError):
+            path(shard)
+        asked.discard(shard.place)
+
+
+def _age(file: Path) -> float:
+    # Another process may have deleted it.
+    with contextlib.suppress(FileNotFoundError):
+        return file.stat().st_mtime
+    return 0.0
 
 
 def _remove(folder: Path, owner: int) -> None:

@@ -123,6 +123,7 @@ class Shards(Source):
         # First row of every shard in this split, and how many it has.
         rows = self._starts if self._rows is None else np.searchsorted(self._rows, self._starts)
         self._first, self._counts = rows[:-1], np.diff(rows)
+        self.reach = -(-len(self) * window // len(self._shards)) if self.far else 0
 
     def _count(self, number: int) -> int:
         shard = self._shards[number]
@@ -171,6 +172,11 @@ class Shards(Source):
         shard = int(np.searchsorted(self._first, number, side="right")) - 1
         return int(self._first[shard]) + word % int(self._counts[shard])
 
+    def spans(self, samples: int) -> None:
+        if self.far:
+            # The windows at both ends are read whole.
+            self._cache.room(-(-min(samples, len(self)) * len(self._shards) // len(self)) + 2 * self._window)
+
     def prefetch(self, numbers: np.ndarray) -> None:
         if self.far:
             for shard in np.unique(np.searchsorted(self._first, numbers, side="right") - 1).tolist():
@@ -189,19 +195,14 @@ class Shards(Source):
         """Listing and file descriptor of a shard."""
         shard = self._shards[number]
         try:
-            # Reads name their place, so a descriptor may be shared with forked workers.
-            if number not in self._files:
-                path = self._cache.path(shard) if shard.remote else Path(shard.place)
-                file = open(path, "rb")  # noqa: SIM115
-                self._files[number] = file.fileno(), file
-                if len(self._files) > _OPEN_FILES:
-                    self._files.popitem(last=False)[1][1].close()
-                if shard.remote or number not in self._listings:
-                    self._listings[number] = self._scanned(shard, path)
-                    if len(self._listings) > _LISTINGS:
-                        self._listings.popitem(last=False)
-            if number not in self._listings:
-                self._listings[number] = self._scanned(shard, Path(self._files[number][1].name))
+            try:
+                self._make_open(number)
+            except FileNotFoundError:
+                if not shard.remote:
+                    raise
+                # Another process made room before this one had it open.
+                self._files.pop(number, None)
+                self._make_open(number)
             self._files.move_to_end(number)
         except FetchError as error:
             raise BadSample(f"lost: shard did not come ({error})", key) from None
@@ -210,6 +211,22 @@ class Shards(Source):
         except OSError:
             raise BadSample("lost: unreadable shard", key) from None
         return self._listings[number], self._files[number][0]
+
+    def _make_open(self, number: int) -> None:
+        shard = self._shards[number]
+        # Reads name their place, so a descriptor may be shared with forked workers.
+        if number not in self._files:
+            path = self._cache.path(shard) if shard.remote else Path(shard.place)
+            file = open(path, "rb")  # noqa: SIM115
+            self._files[number] = file.fileno(), file
+            if len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)[1][1].close()
+            if shard.remote or number not in self._listings:
+                self._listings[number] = self._scanned(shard, path)
+                if len(self._listings) > _LISTINGS:
+                    self._listings.popitem(last=False)
+        if number not in self._listings:
+            self._listings[number] = self._scanned(shard, Path(self._files[number][1].name))
 
     def _scanned(self, shard: Shard, path: Path) -> Listing:
         listing = scan(path)

@@ -159,3 +159,6 @@ def test_inspect_tells_and_accounts_for_every_sample(tmp_path, capsys, monkeypat
     assert sheet.shape[2] == 3 and (sheet < 250).any(axis=2).mean() > 0.02
     assert inspect([str(tmp_path / "tabel")]) == 2
     assert "did you mean" in capsys.readouterr().err
+    assert inspect([str(table), "--sheet", "sheet"]) == 2
+    told = capsys.readouterr()
+    assert told.err == "error: --sheet sheet: a picture's name ends in .png, .jpg, .jpeg\n" and not told.out

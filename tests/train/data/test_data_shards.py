@@ -17,6 +17,7 @@ from tests.train.data.test_data_loader import FORM, TOKENIZER, same, take
 from train.data import DataError, batches, fetch, open_dataset, readable
 from train.data.braces import expand
 from train.data.prepare import main as prepare
+from train.data.shard_cache import ShardCache
 
 
 def tars(folder, shards=3, each=10):
@@ -299,6 +300,39 @@ def test_remote_batches_are_the_same_for_workers_ranks_and_from_any_place(tmp_pa
     assert len(set(shown)) == 56
     # Two shards at a time: the first 20 samples of an epoch are those of two shards.
     assert len({number // 10 for number in shown[:20]}) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_without_a_cache_a_shard_is_fetched_about_once_an_epoch(workers, tmp_path):
+    pattern = indexed(tmp_path / "s", shards := 40, 2)
+    with serving(tmp_path / "s") as (url, seen):
+        source = open_dataset(f"{url}/{pattern}?window=2", whole=True)
+        loader = batches(source, TOKENIZER, global_batch=2, seed=1, workers=workers, epochs=2, **FORM)
+        made = list(loader)
+        loader.close()
+        fetched = sum(seen.values()) - seen["index.json"]
+    for epoch in range(2):
+        assert len({key for batch in made if batch.epoch == epoch for key in batch.keys}) == shards * 2
+    # Less where the folder still holds some, more by what was asked for of a third epoch.
+    assert not loader.skipped and fetched <= 2.25 * shards
+
+
+def test_a_file_that_another_process_deletes_is_fetched_again(tmp_path, monkeypatch):
+    pattern = indexed(tmp_path / "s")
+    path, gone = ShardCache.path, []
+
+    def deleted(cache, shard):
+        file = path(cache, shard)
+        if len(gone) % 2 == 0:
+            file.unlink()
+        gone.append(file)
+        return file
+
+    monkeypatch.setattr(ShardCache, "path", deleted)
+    with serving(tmp_path / "s") as (url, seen):
+        source = open_dataset(f"{url}/{pattern}", whole=True)
+        assert len(list(readable(source))) == 60 and not source.skipped
+        assert all(seen[f"{s:03d}.tar"] == 2 for s in range(6))
 
 
 def test_a_pipe_is_a_command(tmp_path, hasty):
