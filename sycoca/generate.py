@@ -241,7 +241,8 @@ def _drawer(decoding: Decoding, images: int, most: int, device: torch.device) ->
     else:
         key, places = hash_int(decoding.seed), range(decoding.first, decoding.first + images)
         seeded = [torch.Generator().manual_seed(hash_int(key + place)) for place in places]
-        uniform = torch.cat([torch.rand(size, generator=own) for own in seeded]).to(device)
+        drawn = [torch.rand(size, generator=own) for own in seeded]
+        uniform = torch.cat([torch.empty(0, most), *drawn]).to(device)
 
     def choose(log_probs: Tensor, position: int) -> Tensor:
         return draw(log_probs, uniform[:, position], decoding.temperature, decoding.top_k, decoding.top_p)

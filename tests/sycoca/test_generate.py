@@ -328,6 +328,10 @@ def test_draws_follow_seed_and_place_not_the_batch(model, tokenizer, images):
     assert generate(model, tokenizer, same[:3], seed=2, **options) != whole[1:]
 
 
+def test_no_image_draws_nothing(model, tokenizer, images):
+    assert generate(model, tokenizer, images[:0], temperature=1.0, seed=1) == []
+
+
 def test_draws_follow_the_model(model, images):
     features = model.encode_image(images[:1])
     found = generate_tokens(model, features, temperature=1.0, seed=0, num_return=400, max_length=2)
