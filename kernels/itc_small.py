@@ -89,10 +89,15 @@ def _context(ctx, inputs, output):
 
 
 def _autograd(ctx, dloss):
-    *scaled, dscale = scale_gradients(dloss, list(ctx.saved_tensors))
-    needs = ctx.needs_input_grad[1:4]
-    scaled.append(dscale.reshape(ctx.scale_shape) if needs[2] else dscale)
-    return None, *(x.to(dtype) if need else None for x, dtype, need in zip(scaled, ctx.dtypes, needs)), None, None, None
+    scaled = scale_gradients(dloss, list(ctx.saved_tensors))
+    return None, *_of_leaves(ctx, scaled, ctx.needs_input_grad[1:4]), None, None, None
+
+
+def _of_leaves(ctx, scaled: list[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """Gradients in the shapes and dtypes of image, text and scale; None where not needed."""
+    dimage, dtext, dscale = scaled
+    found = dimage, dtext, dscale.reshape(ctx.scale_shape) if needs[2] else dscale
+    return [x.to(dtype) if need else None for x, dtype, need in zip(found, ctx.dtypes, needs)]
 
 
 _attach_op.register_autograd(_autograd, setup_context=_context)
@@ -111,10 +116,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss: Tensor):
-        scaled = [dloss * x for x in ctx.saved_tensors]
-        needs = ctx.needs_input_grad[:3]
-        scaled[2] = scaled[2].reshape(ctx.scale_shape) if needs[2] else scaled[2]
-        return *(x.to(dtype) if need else None for x, dtype, need in zip(scaled, ctx.dtypes, needs)), None, None
+        return *_of_leaves(ctx, [dloss * x for x in ctx.saved_tensors], ctx.needs_input_grad[:3]), None, None
 
 
 def loss(image: Tensor, text: Tensor, logit_scale: Tensor, product: torch.dtype) -> Tensor:
