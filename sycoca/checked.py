@@ -54,12 +54,12 @@ def known_keys(cls: type, prefix: str = "") -> list[str]:
     for name, hint in get_type_hints(cls).items():
         if name.startswith("_"):
             continue
-        hint = _group(hint)
+        hint = group_in(hint)
         keys += known_keys(hint, f"{prefix}{name}.") if is_dataclass(hint) else [prefix + name]
     return keys
 
 
-def _group(hint: Any) -> Any:
+def group_in(hint: Any) -> Any:
     """The dataclass in an annotation that also allows None, else the annotation."""
     return next((option for option in get_args(hint) if is_dataclass(option)), hint)
 
@@ -76,7 +76,7 @@ def _one_line(cls: type, error: ValidationError) -> str:
     if kind == "unexpected_keyword_argument":
         owner = cls
         for part in loc[:-1]:
-            owner = _group(get_type_hints(owner).get(part, owner)) if is_dataclass(owner) else owner
+            owner = group_in(get_type_hints(owner).get(part, owner)) if is_dataclass(owner) else owner
         local = nearest(loc[-1], [f.name for f in fields(owner)]) if is_dataclass(owner) else ""
         elsewhere = [k for k in known_keys(cls) if k.rsplit(".", 1)[-1] == loc[-1]]
         return f"{key}: unknown key" + (f"; did you mean '{elsewhere[0]}'?" if elsewhere else local)

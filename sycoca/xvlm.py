@@ -191,15 +191,20 @@ class XVLM(SyCoCa):
         weight = self.config.loss
         counts = _shares(self._region_counts(regions, masked), spread) if counts is None else counts
         text = self.encode_text(regions.tokens)
-        seen = self.encode_regions(regions.images, regions.rects, regions.image_index)
         itc = l1 = giou = zero = torch.zeros((), device=regions.images.device)
         terms = _Fused(zero, zero, zero)
+        if self.config.learns("itc") or self.learns_pairs:
+            seen = self.encode_regions(regions.images, regions.rects, regions.image_index)
+            whole = seen.images
+        else:
+            # Boxes are regressed from whole images: none is encoded by itself.
+            whole = self.view_images(self.encode_image(regions.images))
         if self.config.learns("itc"):
             itc = self._region_itc(seen.features, text, regions, spread)
         if self.learns_pairs:
             terms = self._fused(seen.features, seen.boxes, text, masked, regions.ids, regions.seeds, counts)
         if self.box_head is not None:
-            l1, giou = self._box_terms(seen, text, regions, counts[2])
+            l1, giou = self._box_terms(whole, text, regions, counts[2])
         total = weight.itc_weight * itc + weight.itm_weight * terms.itm + weight.mlm_weight * terms.mlm
         total = total + weight.l1_weight * l1 + weight.giou_weight * giou
         return RegionLosses(total, itc, terms.itm, terms.mlm, l1, giou, terms.matched)
@@ -321,14 +326,14 @@ class XVLM(SyCoCa):
         return self.text.sequence.tokens(states=states, labels=masked.labels.flatten())
 
     def _box_terms(
-        self, seen: RegionFeatures, text: TextFeatures, regions: RegionBatch, count: Tensor
+        self, images: Views, text: TextFeatures, regions: RegionBatch, count: Tensor
     ) -> tuple[Tensor, Tensor]:
         index, boxes, valid = regions.image_index, regions.boxes, regions.has_box
         if valid.device.type == "cpu":
             # Captions of whole images, the longest texts, are not asked for boxes.
             asked = _one_at_least(valid.nonzero().squeeze(1))
             text, index, boxes, valid = _rows(text, asked), index[asked], boxes[asked], valid[asked]
-        found = self.locate(text, Views(seen.images.tables, seen.images.seen.of(index)))
+        found = self.locate(text, Views(images.tables, images.seen.of(index)))
         l1, giou = box_loss(found, boxes, valid, reduction="sum")
         return l1 / count, giou / count
 

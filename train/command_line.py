@@ -11,7 +11,8 @@ import typing
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
-from sycoca.config import ConfigError, from_dict, nearest, to_dict
+from sycoca.checked import group_in
+from sycoca.config import ConfigError, from_dict, known_keys, nearest, to_dict
 
 # What has an option of its own on the command line.
 _CHOSEN_APART = frozenset(["preset", "task", "model", "init"])
@@ -37,6 +38,11 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def keys_of(config: Any) -> list[str]:
+    """Dotted names of all that a command line may set, the fields of groups that are None among them."""
+    return [name for name in {**leaves(config), **dict.fromkeys(known_keys(type(config)))} if name not in _CHOSEN_APART]
+
+
 def split_overrides(texts: list[str], config: Any) -> dict[str, Any]:
     """Full dotted key -> value of the overrides of a command line; each key may be given once."""
     result: dict[str, Any] = {}
@@ -52,15 +58,14 @@ def split_override(text: str, config: Any) -> tuple[str, Any]:
     """`key=value` -> (full dotted key, value). A key may be shortened to any ending that only one field has."""
     key, equals, value = text.partition("=")
     if not equals:
-        known = [name for name in leaves(config) if name not in _CHOSEN_APART]
-        raise ConfigError(f"{text!r} is not of the form key=value{nearest(text, known)}")
+        raise ConfigError(f"{text!r} is not of the form key=value{nearest(text, keys_of(config))}")
     name = full_key(key, config)
-    return name, _value(value, _annotation(config, name))
+    return name, _value(value, _annotation(type(config), name))
 
 
 def full_key(key: str, config: Any) -> str:
     """The full dotted name of a key, which may be shortened to any ending that only one field has."""
-    known = [name for name in leaves(config) if name not in _CHOSEN_APART]
+    known = keys_of(config)
     full = [name for name in known if name == key] or [name for name in known if name.endswith("." + key)]
     if len(full) > 1:
         raise ConfigError(f"{key} is ambiguous: {', '.join(full)}")
@@ -71,11 +76,10 @@ def full_key(key: str, config: Any) -> str:
     return full[0]
 
 
-def _annotation(config: Any, name: str) -> Any:
+def _annotation(cls: type, name: str) -> Any:
     head, _, rest = name.partition(".")
-    if rest:
-        return _annotation(getattr(config, head), rest)
-    return typing.get_type_hints(type(config))[head]
+    annotation = typing.get_type_hints(cls)[head]
+    return _annotation(group_in(annotation), rest) if rest else annotation
 
 
 def _value(text: str, annotation: Any) -> Any:
@@ -95,12 +99,14 @@ def _value(text: str, annotation: Any) -> Any:
 
 
 def apply_overrides(config: Any, overrides: dict[str, Any]) -> Any:
-    """The configuration with dotted keys replaced; types are checked."""
+    """The configuration with dotted keys replaced, groups that are None made; types are checked."""
     data = to_dict(config)
     for name, value in overrides.items():
         *groups, leaf = name.split(".")
         group = data
         for part in groups:
+            if group[part] is None:
+                group[part] = {}
             group = group[part]
         group[leaf] = value
     return from_dict(type(config), data)

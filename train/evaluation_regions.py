@@ -6,6 +6,9 @@ model's own answer to another phrase of the same image; and the box of each imag
 no predictor of one box per image can beat.
 ITM: share of right verdicts, matching and not matching pairs weighed alike, the latter drawn by the model itself as in
 training, among `_GROUP` images or boxes.
+
+Boxes are judged in the whole picture as a square, proportions not kept, as region batches show it: a crop would cut
+away what some phrases describe. Whole images and their captions are judged in the crop that retrieval takes.
 """
 
 from typing import Any, NamedTuple
@@ -14,11 +17,13 @@ import torch
 from torch import Tensor
 
 from kernels import sample_hard_negatives
-from sycoca.images import crop_box, eval_transform
+from sycoca.images import eval_transform, normalise
+from sycoca.locate import whole_image
 from sycoca.masking import hash_tensor
 from sycoca.regions import cells, from_corners, iou
 from sycoca.xvlm import Views
 from train.data.region_batches import region_kind, text_id
+from train.data.regions import asked_of
 from train.data.sample import Sample, readable
 from train.evaluation_pairs import HeldOut
 
@@ -76,7 +81,7 @@ def judge(model: Any, tokenizer: Any, held_out: HeldOut, train: Any = None) -> d
 
 
 class Phrase(NamedTuple):
-    """A phrase, what it says, and where its box lies: (x0, y0, x1, y1) in 0..1 of the picture as the model sees it."""
+    """A phrase, what it says, and where its box lies: (x0, y0, x1, y1) in 0..1 of the whole picture."""
 
     text: str
     kind: str
@@ -84,38 +89,64 @@ class Phrase(NamedTuple):
 
 
 def phrases_of(sample: Sample) -> list[Phrase]:
-    """The phrases of a sample whose boxes the model sees something of."""
-    found = [
-        Phrase(region.phrase, region_kind(region, region.phrase), crop_box(region.box, sample.image))
-        for region in sample.regions or ()
+    """The phrases of a sample's usable boxes."""
+    return [
+        Phrase(text, region_kind(region, text), tuple(min(1.0, max(0.0, side)) for side in region.box))
+        for text, region in asked_of(sample.regions)
     ]
-    return [phrase for phrase in found if phrase.box[2] > phrase.box[0] and phrase.box[3] > phrase.box[1]]
 
 
 def _judge(
     model: Any, tokenizer: Any, held_out: HeldOut, samples: list[Sample], fixed: Tensor | None, counts: _Counts
 ) -> None:
-    config, device = model.config, held_out.device
-    images = torch.stack([eval_transform(sample.image, config.vision.image_size) for sample in samples]).to(device)
-    image = model.encode_image(images)
-    views = model.view_images(image) if model.fusion is not None else None
+    if model.config.learns("itm"):
+        _judge_images(model, tokenizer, samples, held_out.device, counts)
     found = [(row, phrase) for row, sample in enumerate(samples) for phrase in phrases_of(sample)]
-    owner = torch.tensor([row for row, _ in found], device=device)
-    boxes = from_corners(torch.tensor([p.box for _, p in found], dtype=torch.float32).view(-1, 4)).to(device)
-    phrases, kinds = [phrase.text for _, phrase in found], [phrase.kind for _, phrase in found]
-    if config.learns("bbox") and found:
-        text = _encoded(model, tokenizer, phrases, device)
+    if not found:
+        return
+    size = model.config.vision.image_size
+    pictures = [torch.from_numpy(whole_image(sample.image, size)) for sample in samples]
+    images = normalise(torch.stack(pictures)).to(held_out.device)
+    _judge_boxes(model, tokenizer, images, [row for row, _ in found], [phrase for _, phrase in found], fixed, counts)
+
+
+def _judge_images(model: Any, tokenizer: Any, samples: list[Sample], device: torch.device, counts: _Counts) -> None:
+    """ITM of whole images and their first captions."""
+    size = model.config.vision.image_size
+    image = model.encode_image(torch.stack([eval_transform(sample.image, size) for sample in samples]).to(device))
+    captions = [sample.captions[0] for sample in samples]
+    text = _encoded(model, tokenizer, captions, device)
+    _count_matches(model, image.features, model.view_images(image), text, captions, "image", counts)
+
+
+def _judge_boxes(
+    model: Any,
+    tokenizer: Any,
+    images: Tensor,
+    rows: list[int],
+    phrases: list[Phrase],
+    fixed: Tensor | None,
+    counts: _Counts,
+) -> None:
+    """Box regression and ITM of phrases, each of the image of its row."""
+    config, device = model.config, images.device
+    owner = torch.tensor(rows, device=device)
+    boxes = from_corners(torch.tensor([phrase.box for phrase in phrases], dtype=torch.float32)).to(device)
+    if config.learns("bbox"):
+        views = model.view_images(model.encode_image(images))
+        text = _encoded(model, tokenizer, [phrase.text for phrase in phrases], device)
         located = model.locate(text, Views(views.tables, views.seen.of(owner)))
         _count_boxes(located, boxes, owner, fixed, counts)
     if config.learns("itm"):
-        captions = [sample.captions[0] for sample in samples]
-        text = _encoded(model, tokenizer, captions, device)
-        _count_matches(model, image.features, views, text, captions, "image", counts)
-        for start in range(0, len(found), _GROUP):
+        rects = cells(boxes, config.vision.grid)
+        for start in range(0, len(phrases), _GROUP):
             part = slice(start, start + _GROUP)
-            seen = model.encode_regions(images, cells(boxes[part], config.vision.grid), owner[part])
-            text = _encoded(model, tokenizer, phrases[part], device)
-            _count_matches(model, seen.features, seen.boxes, text, kinds[part], "box", counts)
+            # The images of a part, no others.
+            shown, own = owner[part].unique(return_inverse=True)
+            seen = model.encode_regions(images[shown], rects[part], own)
+            text = _encoded(model, tokenizer, [phrase.text for phrase in phrases[part]], device)
+            kinds = [phrase.kind for phrase in phrases[part]]
+            _count_matches(model, seen.features, seen.boxes, text, kinds, "box", counts)
 
 
 def _encoded(model: Any, tokenizer: Any, texts: list[str], device: torch.device) -> Any:

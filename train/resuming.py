@@ -45,8 +45,8 @@ def check_resumed(before: Any, after: Any, fixed: Callable[[str], bool]) -> None
     """Raises ConfigError where a setting differs whose dotted key is `fixed`."""
     old = leaves(before)
     for key, value in leaves(after).items():
-        if value != old[key] and fixed(key):
-            raise ConfigError(f"--resume: {key} is {old[key]} in the run and cannot become {value}")
+        if value != old.get(key) and fixed(key):
+            raise ConfigError(f"--resume: {key} is {old.get(key)} in the run and cannot become {value}")
 
 
 def check_end(after: Any, steps: int, newest: int) -> None:

@@ -186,7 +186,7 @@ def _runs(base: RunConfig, row: str, seeds: tuple[int, ...], keys: dict[str, Any
     for seed in seeds:
         config = apply_overrides(base, changes | {_SEED: seed})
         before, after = leaves(base), leaves(config)
-        differs = {key: value for key, value in after.items() if value != before[key]}
+        differs = {key: value for key, value in after.items() if key not in before or value != before[key]}
         runs.append(PlannedRun(row, seed, config, differs, digest(config)))
     return runs
 

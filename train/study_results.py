@@ -4,6 +4,7 @@ recall        mean of R@1, R@5, R@10 in both directions, over all captions where
 mTR, mIR      the same from image to text and from text to image
 nats          per token of the true caption of the full image
 coverage      share of the described boxes inside what the score selects; `coverage_random` at random
+boxes         share of the phrases whose box is found with an IoU of at least 1/2; `boxes_best` of each image's best box
 """
 
 import json
@@ -96,6 +97,8 @@ def measures(figures: dict[str, Any]) -> dict[str, float | None]:
         found["coverage_random"] = selection["described_share_random"]
         found["coverage_shuffled"] = selection["described_share_shuffled"]
         found["auc"] = selection["auc"]
+    if grounding := figures.get("grounding"):
+        found["boxes"], found["boxes_best"] = grounding["acc@0.5"], grounding["best_box"]
     return found
 
 

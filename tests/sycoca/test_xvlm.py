@@ -150,6 +150,19 @@ def test_boxes_that_are_found_cost_nothing():
     assert exact.l1.item() == pytest.approx(0, abs=1e-5) and exact.giou.item() == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_boxes_alone_are_regressed_from_whole_images(form, monkeypatch):
+    """Without a loss that looks into boxes none is encoded, and the box losses are the same."""
+    both = micro_xvlm(vision={"region_form": form}, objectives=("itc", "bbox"))
+    batch = step(both, LENGTHS, REGION_LENGTHS)
+    expected, alone = losses(build(both), batch), build(replace(both, objectives=("bbox",)))
+    monkeypatch.setattr(alone, "encode_regions", pytest.fail)
+    found = losses(alone, batch)
+    assert found.l1.item() == pytest.approx(expected.l1.item(), rel=1e-5)
+    assert found.giou.item() == pytest.approx(expected.giou.item(), rel=1e-5)
+    assert found.total.item() == pytest.approx((found.l1 + found.giou).item()) and found.region_itc.item() == 0
+
+
 def test_a_batch_without_a_negative():
     model = build(MICRO_XVLM)
     batch = step(MICRO_XVLM, LENGTHS, REGION_LENGTHS, ids=torch.full((8,), 5))

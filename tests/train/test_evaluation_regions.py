@@ -1,17 +1,25 @@
 """Figures of boxes and matches: counted by hand on the scenes, with answers that are known."""
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from sycoca.locate import locate
 from sycoca.regions import from_corners, iou
 from sycoca.tokenizer import Tokenizer
 from sycoca.xvlm import XVLM
 from tests.sycoca.micro_xvlm import MICRO_XVLM
 from train.data import open_dataset
+from train.data.region_batches import region_batches
 from train.evaluation_pairs import HeldOut
 from train.evaluation_regions import judge, phrases_of, region_lines
+from train.tasks.grounding import evaluate as evaluate_grounding
+from train.tasks.options import TaskOptions
 
 PAIRS = 12
 TEXT = replace(MICRO_XVLM.text, context_length=28, vocab_size=128)
@@ -74,3 +82,90 @@ def test_what_is_not_learned_has_no_figure(judged):
     assert found["grounding"] is None and found["matching"].keys() == {"images", "boxes"}
     assert region_lines(found)[0].startswith("matching (ITM), hard negatives: balanced accuracy 0.")
     assert region_lines({"grounding": None, "matching": None}) == []
+
+
+# --- pictures that are no squares
+
+SIZE = 16
+# Where a red box lies in pictures of (width, height): all of it at a border that a centre crop cuts away, but the last.
+SHAPES = {
+    (96, 32): (0.0, 0.25, 0.125, 0.75),
+    (32, 96): (0.25, 0.875, 1.0, 1.0),
+    (80, 40): (0.75, 0.0, 1.0, 1.0),
+    (48, 48): (0.25, 0.5, 0.75, 0.75),
+}
+
+
+@pytest.fixture(scope="module")
+def banners(tmp_path_factory):
+    """A folder of wide and tall blue pictures, each with a red box and a phrase for it, in both splits."""
+    folder = tmp_path_factory.mktemp("banners")
+    (folder / "images").mkdir()
+    rows, lines = ["image\tcaption\tsplit"], []
+    for number, ((width, height), box) in enumerate(list(SHAPES.items()) * 2):
+        pixels = np.full((height, width, 3), (0, 0, 255), dtype=np.uint8)
+        x0, y0, x1, y1 = (round(side * length) for side, length in zip(box, (width, height) * 2))
+        pixels[y0:y1, x0:x1] = (255, 0, 0)
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+        rows.append(f"{number}.png\ta picture, number {number}\t{'val' if number < len(SHAPES) else 'train'}")
+        lines.append(json.dumps({"image": f"{number}.png", "regions": [{"phrase": f"red {number}", "bbox": box}]}))
+    (folder / "captions.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "regions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return open_dataset(str(folder), "val", image_size=SIZE)
+
+
+class Reddest(XVLM):
+    """Answers every phrase with the box about what is red in the picture that it is given."""
+
+    def encode_image(self, images):
+        self.pictures = images
+        return super().encode_image(images)
+
+    def locate(self, text, views):
+        patches = self.config.vision.num_patches
+        images = self.pictures[views.seen.index[:, 0] // (1 + patches)]
+        red = (images[:, 0] > images[:, 2]).double()
+        found = []
+        for row in red:
+            ys, xs = row.nonzero().T
+            found.append([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+        return from_corners(torch.tensor(found).float() / SIZE)
+
+
+def test_no_phrase_is_cut_away(judged, banners):
+    """Training, judging while training, `evaluate.py grounding` and `locate` see the same picture and the same box."""
+    _, tokenizer, _, _ = judged
+    torch.manual_seed(0)
+    model = Reddest(replace(MICRO_XVLM, text=TEXT)).eval()
+    held_out = HeldOut(banners, tokenizer, model.config, image_size=SIZE, pairs=PAIRS, device="cpu", group=None)
+    found = judge(model, tokenizer, held_out)["grounding"]
+    assert found["phrases"] == len(SHAPES) and found["acc@0.5"] == 1 and found["mean_iou"] == pytest.approx(1)
+
+    skipped = SimpleNamespace(sample=pytest.fail)
+    options = TaskOptions(batch_size=3)
+    outcome = evaluate_grounding(model, tokenizer, banners, options=options, device="cpu", skipped=skipped)
+    assert outcome.figures["phrases"] == len(SHAPES) and outcome.headline["mean IoU"] == pytest.approx(1)
+
+    for index, box in enumerate(SHAPES.values()):
+        (answer,) = locate(model, tokenizer, banners[index].image, [f"red {index}"])
+        assert answer.box == pytest.approx(box)
+        assert phrases_of(banners[index])[0].box == pytest.approx(box)
+
+    form = {"image_size": SIZE, "grid": model.config.vision.grid, "context_length": 28, "crop": False}
+    loader = region_batches(banners, tokenizer, elements=len(SHAPES), whole_share=0.0, epochs=1, **form)
+    (batch,) = loader
+    loader.close()
+    model.encode_image(batch.images)
+    views = SimpleNamespace(
+        seen=SimpleNamespace(index=(batch.image_index * (1 + model.config.vision.num_patches))[:, None])
+    )
+    assert iou(model.locate(None, views), batch.boxes).min() == pytest.approx(1)
+
+
+def test_boxes_outside_their_image_are_not_judged(banners):
+    sample = banners[0]
+    region = sample.regions[0]
+    faulty = [region._replace(box=box) for box in ((0.5, 0.5, 0.5, 0.9), (0.9, 0.1, 0.2, 0.3), (0.2, 0.2, 0.4, 1.5))]
+    slack = region._replace(box=(-0.0005, 0.2, 0.4, 1.0005))
+    (kept,) = phrases_of(sample._replace(regions=(*faulty, slack)))
+    assert kept.box == (0.0, 0.2, 0.4, 1.0)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,9 @@ def test_shipped_plans_are_valid_and_alike(name, tmp_path):
     main = read_plan("main")
     shared = {run.key for run in plan.runs} & {run.key for run in main.runs}
     assert any(run.key in shared for run in plan.of("CoCa"))
-    assert all(run.config.train == main.runs[0].config.train for run in plan.runs if run.seed == 0)
+    # Only the texts with boxes, which a row may take beside its pairs, are its own.
+    alike = [replace(run.config.train, region_batch=0) for run in plan.runs if run.seed == 0]
+    assert all(train == main.runs[0].config.train for train in alike)
     assert len({run.key for run in plan.runs}) == len(plan.runs), "two rows are one"
 
 
@@ -122,6 +125,47 @@ def test_the_main_plan_is_the_study_of_the_issue():
         assert model.scores == (run.row.startswith(("SyCoCa", "attentive IC", "MIM attentive")))
         assert (model.image_decoder.guide == "none") == run.row.startswith("MIM")
         assert model.learns("ic") == (run.row != "ITC")
+
+
+def test_rows_with_regions_change_nothing_else():
+    plan, main = read_plan("regions"), read_plan("main")
+    assert len(plan.seeds) == 3
+    for row, other in (("CoCa", "CoCa"), ("SyCoCa", "SyCoCa, local")):
+        assert [run.key for run in plan.of(row)] == [run.key for run in main.of(other)]
+        for plain, taught in zip(plan.of(row), plan.of(f"{row} + regions"), strict=True):
+            model = taught.config.model
+            assert model.learns("itm") and model.learns("bbox") and model.fuses and model.text.kind == "causal"
+            assert taught.overrides.keys() - plain.overrides.keys() == {
+                "model.objectives",
+                "model.fusion.depth",
+                "model.fusion.heads",
+                "model.fusion.mlp_ratio",
+                "model.vision.local_depth",
+                "train.region_batch",
+                "data.whole_share",
+                "data.region_crop",
+            }
+            assert plain.overrides.items() <= taught.overrides.items()
+
+
+def test_a_row_may_have_a_group_that_the_base_has_not(plan_of, tmp_path):
+    """A fusion encoder, named by its fields; its command line makes the same configuration."""
+    plan = plan_of(PLAN + '[rows.fused]\nobjectives = ["itc", "ic", "itm"]\nfusion.depth = 1\nmodel.fusion.heads = 2\n')
+    run = plan.of("fused")[0]
+    assert run.config.model.fusion.heads == 2
+    command = command_of(plan, run, tmp_path)
+    given = command[command.index("--preset") + 2 : command.index("--run-dir")]
+    assert "model.fusion.depth=1" in given
+    base = chosen("tiny", False)
+    assert digest(apply_overrides(base, split_overrides(given, base))) == run.key
+    for wrong, message in (
+        ("fusion.depth = 1", "model.fusion.heads: missing"),
+        ("fusion.dept = 1", "fusion.dept: unknown key; did you mean 'model.fusion.depth'?"),
+        ('fusion.depth = "one"\nfusion.heads = 2', "model.fusion.depth: input should be a valid integer"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            plan_of(PLAN + f"[rows.fused]\n{wrong}\n")
+        assert message in str(caught.value)
 
 
 def test_a_wrong_plan_is_refused_before_torch():
@@ -323,7 +367,19 @@ def test_measures_of_an_evaluation():
     found = measures(figures)
     assert found["mTR"] == pytest.approx(0.3) and found["mIR"] == pytest.approx(0.6)
     assert found["recall"] == pytest.approx(0.45) and found["recall_chance"] == pytest.approx(0.01)
-    assert found["coverage"] == 0.7 and found["auc"] is None and "nats" not in found
+    assert found["coverage"] == 0.7 and found["auc"] is None and "nats" not in found and "boxes" not in found
+    found = measures(figures | {"grounding": {"acc@0.5": 0.3, "best_box": 0.2}})
+    assert (found["boxes"], found["boxes_best"]) == (0.3, 0.2)
+
+
+def test_a_table_shows_boxes_where_a_row_learns_them(plan_of):
+    plan = plan_of()
+    found = by_hand(plan, [(0.2, 3.0)], [(0.4, 1.0)], cost=1.0)
+    assert "Acc@0.5" not in markdown(tabulate(plan, found))
+    found[plan.of("masked")[0].key]["final"] |= {"boxes": 0.3, "boxes_best": 0.2}
+    text = markdown(tabulate(plan, found))
+    assert "| Acc@0.5 of boxes (an image's best box 0.200) |" in text and "| 1.000 | - | 0.300 |" in text
+    assert len({line.count("|") for line in text.split("\n\n")[1].splitlines()}) == 1
 
 
 # --- pages

@@ -6,7 +6,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from train.data.sample import Region, Source
@@ -26,6 +26,14 @@ def box_fault(box: Sequence[float]) -> str | None:
     if min(1.0, x1) <= max(0.0, x0) or min(1.0, y1) <= max(0.0, y0):
         return "box of a region has no area"
     return None
+
+
+def asked_of(regions: Iterable[Region] | None) -> Iterator[tuple[str, Region]]:
+    """Every phrase of usable regions with its region."""
+    for region in regions or ():
+        if not box_fault(region.box) and region.phrase.strip():
+            for phrase in (region.attributes or {}).get("phrases") or (region.phrase,):
+                yield phrase, region
 
 
 def read_region(item) -> Region:

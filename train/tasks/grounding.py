@@ -11,8 +11,8 @@ from sycoca.images import as_pil, normalise
 from sycoca.locate import shown, whole_image
 from sycoca.regions import iou
 from train.data.box_augment import View, seen_box
-from train.data.regions import box_fault
-from train.data.sample import BadSample, Region, Skipped
+from train.data.regions import asked_of
+from train.data.sample import BadSample, Skipped
 from train.grounding import accuracy, best_fixed_box, right_choices
 from train.tasks.heat import best_rectangles, match_heat
 from train.tasks.outcome import Example, Outcome, by_kind, require_any, share
@@ -109,14 +109,6 @@ def evaluate(model: Any, tokenizer: Any, source: Any, *, options: Any, device: A
     table = {"by area of the true box": (("size", "phrases", "Acc@0.5"), rows)}
     examples = _examples(images, indices, keys, phrases, predicted, targets, overlaps.tolist())
     return Outcome("grounding", figures, headline, table, examples)
-
-
-def asked_of(regions: tuple[Region, ...] | None) -> Iterator[tuple[str, Region]]:
-    """Every phrase of usable regions with its region."""
-    for region in regions or ():
-        if not box_fault(region.box) and region.phrase.strip():
-            for phrase in (region.attributes or {}).get("phrases") or (region.phrase,):
-                yield phrase, region
 
 
 def _batches(source: Any, options: Any, size: int, skipped: Skipped) -> Iterator[_Asked]:
