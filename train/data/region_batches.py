@@ -28,7 +28,7 @@ from sycoca.regions import cells
 from train.data.ahead import Fault, Loader, Maker, Tickets
 from train.data.box_augment import choose_view, seen_box
 from train.data.order import CAPTION, CROP, REGIONS, SEED, STAND_IN, mix
-from train.data.regions import box_fault
+from train.data.regions import box_fault, united
 from train.data.sample import BadSample, DataError, Region, Sample, Source
 
 PACK = 16
@@ -211,13 +211,16 @@ class _Elements(Maker):
 
     def _usable(self, sample: Sample) -> list[Region]:
         """The regions of a sample, each once."""
-        found: dict[tuple, Region] = {}
+        sound: list[Region] = []
         for place, region in enumerate(sample.regions or ()):
             fault = box_fault(region.box) or ("region without a phrase" if not region.phrase.strip() else None)
             if fault:
                 self.source.skipped.part(f"{sample.key} region {place}", fault, sample.key)
             else:
-                found.setdefault((plain(region.phrase), region.box), region)
+                sound.append(region)
+        found: dict[tuple, Region] = {}
+        for region in united(sound):
+            found.setdefault((plain(region.phrase), region.box), region)
         if not found:
             raise _NoRegion(
                 "no region of an image can be used" if sample.regions else "image without a region", sample.key

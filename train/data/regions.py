@@ -28,12 +28,29 @@ def box_fault(box: Sequence[float]) -> str | None:
     return None
 
 
+def united(regions: Iterable[Region]) -> list[Region]:
+    """Regions in which a phrase that its caption says of several boxes ("two dogs") has one box about all of them.
+
+    A phrase has one answer then, as Flickr30k's phrases are judged in the literature. Regions that are of no caption
+    stay apart.
+    """
+    found: dict[object, Region] = {}
+    for place, region in enumerate(regions):
+        key = (region.phrase.strip().lower(), region.caption) if region.caption >= 0 else place
+        if key in found:
+            (x0, y0, x1, y1), (left, top, right, bottom) = found[key].box, region.box
+            box = min(x0, left), min(y0, top), max(x1, right), max(y1, bottom)
+            region = found[key]._replace(box=box)
+        found[key] = region
+    return list(found.values())
+
+
 def asked_of(regions: Iterable[Region] | None) -> Iterator[tuple[str, Region]]:
-    """Every phrase of usable regions with its region."""
-    for region in regions or ():
-        if not box_fault(region.box) and region.phrase.strip():
-            for phrase in (region.attributes or {}).get("phrases") or (region.phrase,):
-                yield phrase, region
+    """Every phrase of usable regions with its region, each phrase of a caption once."""
+    usable = [region for region in regions or () if not box_fault(region.box) and region.phrase.strip()]
+    for region in united(usable):
+        for phrase in (region.attributes or {}).get("phrases") or (region.phrase,):
+            yield phrase, region
 
 
 def read_region(item) -> Region:
