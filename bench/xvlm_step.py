@@ -33,8 +33,7 @@ def region_batch(preset: str, elements: int, whole_share: float = 1.0) -> tuple[
     tokenizer = Tokenizer.train_wordpiece(source.texts(1000), config.text.vocab_size)
     size, grid, T = config.vision.image_size, config.vision.grid, config.text.context_length
     options: dict[str, Any] = {"elements": elements, "image_size": size, "grid": grid, "context_length": T}
-    loaded = next(region_batches(source, tokenizer, **options, whole_share=whole_share, seed=1))
-    regions = RegionBatch(*loaded[:8])
+    regions = next(region_batches(source, tokenizer, **options, whole_share=whole_share, seed=1)).regions
     return regions, mask_words(regions.tokens, regions.seeds, tokenizer.continues(), config.text, config.words)
 
 

@@ -82,7 +82,10 @@ def line(step: int, figures: dict) -> str:
         ("captioning", "nats_per_token", "nats/token"),
         ("tgmim", "l1", "TG-MIM L1"),
         ("selection", "described_share", "of the described area selected"),
+        ("grounding", "acc@0.5", "Acc@0.5"),
+        ("matching", "images", "ITM of images"),
+        ("matching", "boxes", "ITM of boxes"),
     ):
-        if figures[group] and figures[group][name] is not None:
+        if figures.get(group) and figures[group][name] is not None:
             parts.append(f"{figures[group][name]:.3f} {unit}")
     return f"held out after step {step}: {', '.join(parts)}"

@@ -84,7 +84,8 @@ class Inputs(NamedTuple):
         loader = region_batches(source, self.tokenizer, **options, epoch=epoch, start=start, workers=workers)
         loader.skipped = self.train.skipped
         for loaded in loader:
-            yield RegionBatch(*loaded[:8])._replace(tokens=trim(loaded.tokens, config.model.text.pad_id))
+            regions = loaded.regions
+            yield regions._replace(tokens=trim(regions.tokens, config.model.text.pad_id))
 
     def _pairs(self, first: int) -> Iterator[tuple[Batch, Place]]:
         """This rank's pairs on the host."""

@@ -153,7 +153,7 @@ def test_no_phrase_is_cut_away(judged, banners):
 
     form = {"image_size": SIZE, "grid": model.config.vision.grid, "context_length": 28, "crop": False}
     loader = region_batches(banners, tokenizer, elements=len(SHAPES), whole_share=0.0, epochs=1, **form)
-    (batch,) = loader
+    (batch,) = (loaded.regions for loaded in loader)
     loader.close()
     model.encode_image(batch.images)
     views = SimpleNamespace(

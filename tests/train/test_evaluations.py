@@ -73,3 +73,5 @@ def test_unusable_pairs_do_not_end_the_training(run):
 
 def test_a_line_leaves_out_what_is_not_known():
     assert line(4, FIGURES) == "held out after step 4: r@1 0.250 / 0.500 of 8, 1.500 nats/token"
+    boxes = {"retrieval": None, "grounding": {"acc@0.5": 0.25}, "matching": {"images": 0.5, "boxes": None}}
+    assert line(4, boxes) == "held out after step 4: 0.250 Acc@0.5, 0.500 ITM of images"

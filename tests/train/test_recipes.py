@@ -12,7 +12,6 @@ from sycoca.config import ConfigError
 from sycoca.masking import step_plan
 from sycoca.mlm import mask_words
 from sycoca.model import Batch
-from sycoca.regions import RegionBatch
 from sycoca.tokenizer import Tokenizer
 from sycoca.xvlm import XBatch, build_model
 from train.command_line import apply_overrides
@@ -87,7 +86,7 @@ def test_a_recipe_learns_on_eight_synthetic_samples(name):
     for step in range(5):
         batch = Batch(*next(loader)[:4])
         if regions is not None:
-            boxes = RegionBatch(*next(regions)[:8])
+            boxes = next(regions).regions
             hidden = [
                 mask_words(part.tokens, part.seeds, tokenizer.continues(), text, config.model.words)
                 for part in (batch, boxes)

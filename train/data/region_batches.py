@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sycoca.images import as_pil, normalise, resized_crop
-from sycoca.regions import cells
+from sycoca.regions import RegionBatch, cells
 from train.data.ahead import Fault, Loader, Maker, Tickets
 from train.data.box_augment import choose_view, seen_box
 from train.data.order import CAPTION, CROP, REGIONS, SEED, STAND_IN, mix
@@ -41,21 +40,12 @@ _ARTICLE = re.compile(r"^(?:a|an|the) ")
 
 
 class LoadedRegions(NamedTuple):
-    """A rank's share of a global region batch; the first eight fields are those of `sycoca.regions.RegionBatch`.
+    """A rank's share of a global region batch, on the host.
 
-    `images` (N, 3, S, S) fp32; `tokens` (E, T) int64; `boxes` (E, 4) fp32, (cx, cy, w, h) in 0..1 of the picture;
-    `rects` (E, 4) int32 cells; `image_index` (E,) int64 ascending; `has_box` (E,) bool; `ids`, `seeds` (E,) int64.
-    `keys` are those of the N images. `epoch` and `index` place the global batch: `index + 1` is where to resume.
+    `keys` are those of its N images. `epoch` and `index` place the global batch: `index + 1` is where to resume.
     """
 
-    images: Tensor
-    tokens: Tensor
-    boxes: Tensor
-    rects: Tensor
-    image_index: Tensor
-    has_box: Tensor
-    ids: Tensor
-    seeds: Tensor
+    regions: RegionBatch
     keys: tuple[str, ...]
     epoch: int
     index: int
@@ -127,7 +117,7 @@ class _Elements(Maker):
         boxes = torch.tensor([e.box or WHOLE for _, _, e in elements], dtype=torch.float32)
         key = mix(self.seed, epoch, SEED)
         seeds = [mix(key, images[row].number, place) >> 1 for row, place, _ in elements]
-        return LoadedRegions(
+        regions = RegionBatch(
             normalise(torch.from_numpy(np.stack([seen.picture for seen in images]))),
             self.tokenizer.encode(texts, self.form.context_length),
             boxes,
@@ -136,10 +126,8 @@ class _Elements(Maker):
             torch.tensor([e.box is not None for _, _, e in elements]),
             torch.tensor([text_id(e.kind) for _, _, e in elements]),
             torch.tensor(seeds),
-            tuple(seen.key for seen in images),
-            epoch,
-            index,
         )
+        return LoadedRegions(regions, tuple(seen.key for seen in images), epoch, index)
 
     def _pack(self, epoch: int, pack: int, place: int, chosen: np.ndarray, faults: list[Fault]) -> list[_Seen]:
         """The images of a pack, with exactly as many elements as it has."""

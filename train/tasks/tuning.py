@@ -177,7 +177,8 @@ def tuning_batches(tuning: Tuning, plan: Plan, first: int, *, rank: int, world: 
     for loaded in loader:
         place = Place(loaded.epoch, loaded.index, loaded.keys)
         if not isinstance(loaded, LoadedBatch):
-            yield tuple(part.to(device, non_blocking=True) for part in loaded if isinstance(part, Tensor)), place
+            fields = loaded.regions if config.task == "grounding" else loaded
+            yield tuple(part.to(device, non_blocking=True) for part in fields if isinstance(part, Tensor)), place
             continue
         distinct = plan.source.fresh and not plan.source.repeats
         ids = None if distinct else loaded.ids.to(device, non_blocking=True)

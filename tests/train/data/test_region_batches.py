@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from sycoca.images import normalise
-from sycoca.regions import cells
+from sycoca.regions import cells, to_corners
 from sycoca.tokenizer import Tokenizer
 from train.data import DataError, open_dataset
 from train.data.region_batches import region_batches, text_id
+from train.data.regions import asked_of, united
 from train.data.sample import BadSample, Region, Sample, Skipped, Source
 
 SIZE, GRID = 24, (3, 3)
@@ -51,46 +52,45 @@ def take(count, source, **options):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a[:8], b[:8])) and a[8:] == b[8:]
+    return all(torch.equal(x, y) for x, y in zip(a.regions, b.regions)) and a[1:] == b[1:]
 
 
 MIXED = [3, 1, 7, 0, 4, 2, -1, 5] * 12
 
 
 def test_a_batch_has_the_promised_form():
-    for batch in take(6, Boxes(MIXED)):
-        count = len(batch.keys)
-        assert batch.images.shape == (count, 3, SIZE, SIZE) and batch.images.dtype == torch.float32
-        assert batch.tokens.shape == (32, 12) and batch.boxes.shape == batch.rects.shape == (32, 4)
-        assert batch.boxes.dtype == torch.float32 and batch.rects.dtype == torch.int32
-        assert torch.equal(batch.rects, cells(batch.boxes, GRID))
-        assert batch.has_box.dtype == torch.bool and batch.has_box.any() and not batch.has_box.all()
-        assert (batch.boxes[~batch.has_box] == torch.tensor([0.5, 0.5, 1.0, 1.0])).all()
-        assert batch.seeds.dtype == batch.ids.dtype == batch.image_index.dtype == torch.int64
-        assert (batch.seeds >= 0).all() and (batch.ids >= 0).all() and len(set(batch.seeds.tolist())) == 32
+    for regions, keys, *_ in take(6, Boxes(MIXED)):
+        assert regions.images.shape == (len(keys), 3, SIZE, SIZE) and regions.images.dtype == torch.float32
+        assert regions.tokens.shape == (32, 12) and regions.boxes.shape == regions.rects.shape == (32, 4)
+        assert regions.boxes.dtype == torch.float32 and regions.rects.dtype == torch.int32
+        assert torch.equal(regions.rects, cells(regions.boxes, GRID))
+        assert regions.has_box.dtype == torch.bool and regions.has_box.any() and not regions.has_box.all()
+        assert (regions.boxes[~regions.has_box] == torch.tensor([0.5, 0.5, 1.0, 1.0])).all()
+        assert regions.seeds.dtype == regions.ids.dtype == regions.image_index.dtype == torch.int64
+        assert (regions.seeds >= 0).all() and (regions.ids >= 0).all() and len(set(regions.seeds.tolist())) == 32
 
 
 def test_every_image_is_used_and_none_twice():
     for batch in take(8, Boxes(MIXED)):
-        index = batch.image_index.tolist()
+        index = batch.regions.image_index.tolist()
         assert index == sorted(index) and set(index) == set(range(len(batch.keys)))
         assert len(set(batch.keys)) == len(batch.keys)
-        for row, text in zip(index, TOKENIZER.decode(batch.tokens)):
+        for row, text in zip(index, TOKENIZER.decode(batch.regions.tokens)):
             assert text.split()[-1] == batch.keys[row][1:]
 
 
 def test_the_caption_comes_first_and_no_element_twice():
     for batch in take(8, Boxes(MIXED), max_regions=4):
         for row in range(len(batch.keys)):
-            mine = batch.image_index == row
-            assert mine.sum() <= 4 and not batch.has_box[mine][0] and batch.has_box[mine][1:].all()
-        assert len(set(batch.ids.tolist())) == 32
+            mine = batch.regions.image_index == row
+            assert mine.sum() <= 4 and not batch.regions.has_box[mine][0] and batch.regions.has_box[mine][1:].all()
+        assert len(set(batch.regions.ids.tolist())) == 32
 
 
 def test_the_share_of_whole_captions():
-    assert all(b.has_box.all() for b in take(4, Boxes(MIXED), whole_share=0.0))
-    assert all(b.has_box.all() for b in take(4, Boxes(MIXED, captions=0)))
-    some = [len(b.keys) - int((~b.has_box).sum()) for b in take(12, Boxes(MIXED), whole_share=0.5)]
+    assert all(b.regions.has_box.all() for b in take(4, Boxes(MIXED), whole_share=0.0))
+    assert all(b.regions.has_box.all() for b in take(4, Boxes(MIXED, captions=0)))
+    some = [len(b.keys) - int((~b.regions.has_box).sum()) for b in take(12, Boxes(MIXED), whole_share=0.5)]
     images = sum(len(b.keys) for b in take(12, Boxes(MIXED), whole_share=0.5))
     assert 0.3 < sum(some) / images < 0.7
 
@@ -108,18 +108,20 @@ def test_ranks_share_each_global_batch(world):
     parts = [take(4, source, elements=64, rank=rank, world=world) for rank in range(world)]
     for batch, shares in zip(whole, zip(*parts)):
         for name in ("images", "tokens", "boxes", "rects", "has_box", "ids", "seeds"):
-            assert torch.equal(getattr(batch, name), torch.cat([getattr(share, name) for share in shares])), name
+            joined = torch.cat([getattr(share.regions, name) for share in shares])
+            assert torch.equal(getattr(batch.regions, name), joined), name
         starts = np.cumsum([0, *(len(share.keys) for share in shares)])
-        assert torch.equal(batch.image_index, torch.cat([s.image_index + int(n) for s, n in zip(shares, starts)]))
+        places = [share.regions.image_index + int(start) for share, start in zip(shares, starts)]
+        assert torch.equal(batch.regions.image_index, torch.cat(places))
         assert batch.keys == sum((share.keys for share in shares), ())
-        assert all(len(share.ids) == 64 // world for share in shares)
+        assert all(len(share.regions.ids) == 64 // world for share in shares)
 
 
 def test_any_share_can_be_taken():
     source = Boxes(MIXED)
-    assert [len(take(1, source, elements=24 * world, world=world)[0].ids) for world in (1, 2, 3)] == [24] * 3
+    assert [len(take(1, source, elements=24 * world, world=world)[0].regions.ids) for world in (1, 2, 3)] == [24] * 3
     whole, first = take(1, source, elements=48, pack=8)[0], take(1, source, elements=48, world=2)[0]
-    assert torch.equal(whole.boxes[:24], first.boxes)
+    assert torch.equal(whole.regions.boxes[:24], first.regions.boxes)
 
 
 def test_any_place_can_be_resumed_from():
@@ -145,11 +147,11 @@ def test_equal_phrases_have_equal_ids_wherever_they_are():
             return sample._replace(regions=tuple(regions), captions=())
 
     (batch,) = take(1, Alike([4] * 40), elements=64)
-    texts = [text.removeprefix("a ").removeprefix("the ") for text in TOKENIZER.decode(batch.tokens)]
-    kinds = batch.ids == text_id("image")
+    texts = [text.removeprefix("a ").removeprefix("the ") for text in TOKENIZER.decode(batch.regions.tokens)]
+    kinds = batch.regions.ids == text_id("image")
     assert 8 < kinds.sum() < 24 and len(set(texts)) == 5
     for i, j in itertools.combinations((~kinds).nonzero().flatten().tolist(), 2):
-        assert (texts[i] == texts[j]) == (batch.ids[i] == batch.ids[j]).item()
+        assert (texts[i] == texts[j]) == (batch.regions.ids[i] == batch.regions.ids[j]).item()
 
 
 def test_boxes_of_scenes_hold_what_the_phrase_says():
@@ -165,11 +167,11 @@ def test_boxes_of_scenes_hold_what_the_phrase_says():
     black = normalise(torch.zeros(1, 1, 3, dtype=torch.uint8))[:, 0, 0]
     white = normalise(torch.full((1, 1, 3), 255, dtype=torch.uint8))[:, 0, 0]
     right = []
-    for e in batch.has_box.nonzero().flatten().tolist():
-        said = next((n for n in names if n in tokenizer.decode(batch.tokens[[e]])[0].split()), None)
-        cx, cy, w, h = (batch.boxes[e] * 96).tolist()
+    for e in batch.regions.has_box.nonzero().flatten().tolist():
+        said = next((n for n in names if n in tokenizer.decode(batch.regions.tokens[[e]])[0].split()), None)
+        cx, cy, w, h = (batch.regions.boxes[e] * 96).tolist()
         rows, cols = (slice(int(c - s / 5), int(c + s / 5) + 1) for c, s in ((cy, h), (cx, w)))
-        patch = batch.images[batch.image_index[e], :, rows, cols].flatten(1).median(1).values
+        patch = batch.regions.images[batch.regions.image_index[e], :, rows, cols].flatten(1).median(1).values
         rgb = (patch - black) / (white - black) * 255
         right.append(names[int((palette - rgb).norm(dim=1).argmin())] == said)
     assert len(right) > 80 and np.mean(right) > 0.8
@@ -185,7 +187,7 @@ def test_what_cannot_be_used_is_counted_once():
     source = Boxes([3, 3, 3, 0, -1, 0, 4, 4, 4, 4, 4, 4], faulty=faulty.items())
     loader = region_batches(source, TOKENIZER, elements=8, whole_share=1.0, **FORM)
     for batch in itertools.islice(loader, 30):
-        assert torch.isfinite(batch.boxes).all() and (batch.boxes[:, 2:] > 0).all()
+        assert torch.isfinite(batch.regions.boxes).all() and (batch.regions.boxes[:, 2:] > 0).all()
     assert set(loader.skipped.samples.values()) == {"unreadable image"}
     assert loader.skipped.counts() == {
         "unreadable image": 1,
@@ -204,7 +206,27 @@ def test_a_phrase_that_is_listed_twice_is_one_element():
             return sample._replace(regions=sample.regions * 3)
 
     for batch in take(3, Twice([3] * 40), max_regions=9):
-        assert max(Counter(batch.image_index.tolist()).values()) <= 4
+        assert max(Counter(batch.regions.image_index.tolist()).values()) <= 4
+
+
+def test_a_phrase_of_several_boxes_has_the_box_about_them():
+    """Where its caption names them together; regions of no caption are apart."""
+    boxes = (0.1, 0.2, 0.3, 0.4), (0.5, 0.1, 0.6, 0.3), (0.2, 0.5, 0.25, 0.9)
+    whole = (0.1, 0.1, 0.6, 0.9)
+    several = [Region(phrase, box, 0) for phrase, box in zip(("two dogs", "Two dogs", "two dogs "), boxes)]
+    other = Region("two dogs", (0.0, 0.0, 1.0, 0.5), 1)
+    apart = [Region("two dogs", box, -1) for box in boxes]
+    assert [r.box for r in united([several[0], other, *several[1:]])] == [whole, other.box]
+    assert united(apart) == apart and united([]) == []
+    broken = Region("two dogs", (0.0, 0.7, 0.0, 0.9), 0)
+    assert [(phrase, region.box) for phrase, region in asked_of([*several, broken])] == [("two dogs", whole)]
+
+    class Named(Boxes):
+        def __getitem__(self, index):
+            return super().__getitem__(index)._replace(regions=(*several, broken))
+
+    batch = take(1, Named([1] * 40), whole_share=0.0, crop=False)[0]
+    assert len(batch.keys) == 32 and to_corners(batch.regions.boxes).numpy() == pytest.approx(np.array([whole] * 32))
 
 
 def test_a_region_may_be_called_by_several_phrases():
@@ -214,7 +236,7 @@ def test_a_region_may_be_called_by_several_phrases():
             said = {"phrases": ("one", "two", "three")}
             return sample._replace(regions=tuple(r._replace(attributes=said) for r in sample.regions), captions=())
 
-    said = Counter(t for b in take(4, Called([4] * 60)) for t in TOKENIZER.decode(b.tokens))
+    said = Counter(t for b in take(4, Called([4] * 60)) for t in TOKENIZER.decode(b.regions.tokens))
     assert set(said) == {"one", "two", "three"} and min(said.values()) > 15
 
 
@@ -233,7 +255,7 @@ def test_sources_that_cannot_fill_a_batch_are_refused_in_one_line():
 def test_the_last_images_of_a_small_source_still_fill_a_batch():
     source = Boxes([5, 1, 1, 5, 5, 1])
     for batch in take(20, source, elements=16, pack=8):
-        assert len(batch.ids) == 16
+        assert len(batch.regions.ids) == 16
 
 
 @pytest.mark.parametrize("spec", ["scenes", "scenes=0.5,scenes?seed=3=0.5"])

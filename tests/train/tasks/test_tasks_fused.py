@@ -22,7 +22,7 @@ from sycoca.config import (
 )
 from sycoca.images import normalise
 from sycoca.locate import locate, whole_image
-from sycoca.regions import RegionBatch, cells, iou, to_corners
+from sycoca.regions import cells, iou, to_corners
 from sycoca.tokenizer import Tokenizer
 from sycoca.xvlm import XVLM
 from train.data import DataError, open_dataset
@@ -267,7 +267,7 @@ def test_the_loss_of_boxes_is_that_of_pre_training(model, tokenizer):
     loader = region_batches(
         source, tokenizer, elements=16, image_size=SIZE, grid=(4, 4), context_length=24, whole_share=0.3, crop=False
     )
-    batch = RegionBatch(*next(loader)[:8])
+    batch = next(loader).regions
     objective = Locating(deepcopy(model))
     loss, l1, giou = objective(*objective.inputs(*batch, 3), None, [16])
     with torch.no_grad():
