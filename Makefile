@@ -65,7 +65,7 @@ $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt -e ".[dev]"
 	$(PIP) uninstall -y sycoca
-	$(PIP) install --no-deps -c constraints.txt open_clip_torch ftfy regex wcwidth
+	$(PIP) install --no-deps -c constraints.txt open_clip_torch ftfy regex wcwidth transformers
 	touch $@
 
 $(VENV)/.triton: $(VENV)/.ready

@@ -7,6 +7,8 @@ PARQUET = ["pyarrow>=15"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 TRAIN = ["deepspeed>=0.19,<0.20", "psutil", "rich", "tensorboard", *PICTURES]
 OPENCLIP = ["open_clip_torch>=3.3"]
+# Parameters of its modules are renamed from time to time, and saved models hold these names.
+TRANSFORMERS = ["transformers>=5.23,<6"]
 
 setup(
     name="sycoca",
@@ -36,6 +38,7 @@ setup(
         "docs": DOCS,
         "gpu": ["xformers>=0.0.35"],
         "openclip": OPENCLIP,
+        "transformers": TRANSFORMERS,
         "coco": ["pycocoevalcap>=1.2"],
         "peers": ["inf-cl>=1.2", "memeff>=0.3.1", "siglip-kernel>=0.1.2", "liger-kernel>=0.8", *OPENCLIP],
         "wandb": ["wandb>=0.19"],

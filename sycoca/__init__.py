@@ -22,6 +22,7 @@ _HOME = {
     "create_model": "hub",
     "list_models": "hub",
     "load_pretrained": "hub",
+    "load_backbones": "backbones",
     "save_openclip": "openclip_files",
 }
 __all__ = sorted(_HOME)

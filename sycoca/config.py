@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from sycoca.backbone_config import BertConfig, SwinConfig
 from sycoca.checked import ConfigError, Strict, from_dict, known_keys, nearest, to_dict
 
 __all__ = [
+    "BertConfig",
     "CLIP_IDS",
     "CaptionDecoderConfig",
     "ConfigError",
@@ -16,6 +18,7 @@ __all__ = [
     "MaskingConfig",
     "ModelConfig",
     "OBJECTIVES",
+    "SwinConfig",
     "TextConfig",
     "VisionConfig",
     "WordMaskingConfig",
@@ -45,7 +48,7 @@ def _heads(width: int, heads: int) -> None:
 
 @dataclass(frozen=True)
 class VisionConfig(Strict):
-    """Image encoder: a ViT over square images (pixels).
+    """Image encoder over square images (pixels): a ViT, or a Swin.
 
     Attributes:
         cls_position: [CLS] has a position of its own, as in CLIP.
@@ -55,6 +58,7 @@ class VisionConfig(Strict):
         region_form: how a box of an image is encoded. `local`: the last `local_depth` blocks attend within the box;
             `pooled`: the mean of the patches in it, which then stands for whole images too.
         local_depth: blocks that attend within the box.
+        swin: stages of a Swin; patch size, width and heads are then those of the last one, depth all blocks.
     """
 
     image_size: int
@@ -69,6 +73,7 @@ class VisionConfig(Strict):
     pooler_heads: int = 8
     region_form: Literal["local", "pooled"] = "local"
     local_depth: int = 4
+    swin: SwinConfig | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "image_size", "patch_size", "width", "depth", "mlp_ratio", "pooler_heads", "local_depth")
@@ -78,6 +83,8 @@ class VisionConfig(Strict):
             self.image_size % self.patch_size == 0,
             f"patch_size: {self.patch_size} does not divide the image size {self.image_size}",
         )
+        if self.swin is not None:
+            self.swin.check(self)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -105,6 +112,7 @@ class TextConfig(Strict):
         cls_place: where [CLS] stands in a causal encoder; see `sycoca.text`.
         mask_id: of [MASK], for masked words.
         sep: whether [SEP], whose id is `eot_id`, ends the words of a bidirectional encoder.
+        bert: makes text and fusion encoder of BERT's layers.
     """
 
     context_length: int
@@ -120,6 +128,7 @@ class TextConfig(Strict):
     kind: Literal["causal", "bidirectional"] = "causal"
     mask_id: int | None = None
     sep: bool = False
+    bert: BertConfig | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "width", "depth", "mlp_ratio")
@@ -131,6 +140,8 @@ class TextConfig(Strict):
             value = getattr(self, name)
             inside = value is None or 0 <= value < self.vocab_size
             _require(inside, f"{name}: {value} is outside the vocabulary of {self.vocab_size}")
+        if self.bert is not None:
+            self.bert.check(self)
 
 
 @dataclass(frozen=True)
@@ -332,6 +343,8 @@ class ModelConfig(Strict):
             elif name in ("ic", "tgmim"):
                 reason = "predicts the next word" if name == "ic" else "reads the words as captioning does"
                 _require(text.kind == "causal", f"objectives: '{name}' {reason}, which needs text.kind 'causal'")
+                whole = f"objectives: '{name}' leaves out patches, which vision.swin has no place for"
+                _require(vision.swin is None, whole)
         if "mlm" in self.objectives:
             reason = "'mlm' fills in words from both sides"
             _require(text.kind == "bidirectional", f"objectives: {reason}, which needs text.kind 'bidirectional'")
@@ -355,6 +368,12 @@ class ModelConfig(Strict):
     def fuses(self) -> bool:
         """Whether an objective needs the fusion encoder."""
         return any(self.learns(name) for name in _FUSED)
+
+    @property
+    def drops(self) -> bool:
+        """Whether training draws what it leaves out."""
+        swin, bert = self.vision.swin, self.text.bert
+        return (swin is not None and swin.drop_path > 0) or (bert is not None and bert.dropout > 0)
 
     @property
     def memory_width(self) -> int:

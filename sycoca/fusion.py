@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sycoca import cpu_attention
+from sycoca.backbone_config import BERT_EPS
 from sycoca.config import ModelConfig
 from sycoca.layers import MLP, CrossAttention, LayerNorm, SelfAttention, attend, init_blocks, position_table, run_block
 from sycoca.packing import Packing
@@ -133,6 +134,11 @@ class FusionEncoder(nn.Module):
         fusion, width = config.fusion, config.text.width
         self.recompute = config.recompute
         self.packs = True
+        if config.text.bert is not None:
+            from sycoca.bert import fusion_blocks
+
+            self.blocks, self.ln_final = fusion_blocks(config), nn.Identity()
+            return
         self.blocks = nn.ModuleList(
             FusionBlock(width, fusion.heads, fusion.mlp_ratio, config.vision.width) for _ in range(fusion.depth)
         )
@@ -181,10 +187,11 @@ class PairHead(nn.Module):
 class WordHead(nn.Module):
     """States (N, D) as the token table takes them."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        width, eps = config.text.width, 1e-5 if config.text.bert is None else BERT_EPS
         self.dense = nn.Linear(width, width)
-        self.norm = LayerNorm(width)
+        self.norm = LayerNorm(width, eps=eps)
         nn.init.normal_(self.dense.weight, std=width**-0.5)
         nn.init.zeros_(self.dense.bias)
 

@@ -245,8 +245,13 @@ def run_block(block: nn.Module, *args: Tensor | Packing | None, recompute: str) 
     """Output of a block; `recompute` says what backward computes again, in the words of `ModelConfig.recompute`."""
     if recompute == "nothing" or not torch.is_grad_enabled():
         return block(*args)
+    return checkpoint(block, *args, **recomputation(recompute))
+
+
+def recomputation(recompute: str) -> dict:
+    """Options of torch's checkpoint for what backward computes again."""
     contexts = {} if recompute == "blocks" else {"context_fn": _keeping_products}
-    return checkpoint(block, *args, use_reentrant=False, **contexts)
+    return {"use_reentrant": False, **contexts}
 
 
 def _keeping_products():

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import PatchSelection, gather_patches, masked_patch_loss
-from sycoca.config import ModelConfig
+from sycoca.backbone_config import missing_package
+from sycoca.config import ConfigError, ModelConfig
 from sycoca.contrast import Spread, Whole, contrastive_loss, send_captions
 from sycoca.decoders import CaptionDecoder, ImageDecoder, VocabularyHead
 from sycoca.hub_mixin import HubMixin
@@ -31,7 +32,7 @@ from sycoca.masking import (
 )
 from sycoca.poolers import build_pooler
 from sycoca.text import build_text_encoder, valid_tokens
-from sycoca.vision import VisionTransformer
+from sycoca.vision import build_image_encoder
 
 __all__ = ["Batch", "ImageFeatures", "Losses", "StepPlan", "SyCoCa", "TextFeatures", "parameter_groups", "step_plan"]
 
@@ -61,7 +62,7 @@ class ImageFeatures(NamedTuple):
     Attributes:
         features: (B, E) fp32, unit rows.
         patches: (B, P, D) normalised patches.
-        embedded: (B, P, D) patch embeddings that a second pass starts from.
+        embedded: (B, P, D) patch embeddings that a second pass starts from; None from a Swin, which has no such pass.
         values: (B, P, D) values of the last block where the score space needs them, else None.
         cls: (B, D) normalised [CLS].
         memory: (B, M, D') what captioning attends to: the patches, or what a pooler makes of them.
@@ -69,7 +70,7 @@ class ImageFeatures(NamedTuple):
 
     features: Tensor
     patches: Tensor
-    embedded: Tensor
+    embedded: Tensor | None
     values: Tensor | None
     cls: Tensor
     memory: Tensor
@@ -110,6 +111,7 @@ class Losses(NamedTuple):
 
 
 LocalOperands = tuple[Tensor, Tensor]
+_DECAYED = nn.Linear | nn.Conv2d | nn.Embedding | VocabularyHead
 
 
 class LocalHeads(nn.Module):
@@ -132,12 +134,17 @@ class SyCoCa(nn.Module, HubMixin):
 
     Args:
         config: sizes, masks, losses.
+
+    Raises:
+        ConfigError: encoders of transformers, which is not installed.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision = VisionTransformer(config)
+        if line := missing_package(config):
+            raise ConfigError(line)
+        self.vision = build_image_encoder(config)
         self.text = build_text_encoder(config)
         self.pooler = build_pooler(config)
         self.image_projection = _projection(config.memory_width, config.embed_dim)
@@ -351,7 +358,7 @@ def parameter_groups(model: SyCoCa, weight_decay: float) -> list[dict]:
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, LogitScale):
                 scales.append(parameter)
-            elif name == "weight" and isinstance(module, nn.Linear | nn.Embedding | VocabularyHead):
+            elif name == "weight" and isinstance(module, _DECAYED):
                 decayed.append(parameter)
             else:
                 plain.append(parameter)

@@ -2,12 +2,14 @@
 
 from sycoca.config import (
     CLIP_IDS,
+    BertConfig,
     CaptionDecoderConfig,
     FusionConfig,
     ImageDecoderConfig,
     LossConfig,
     MaskingConfig,
     ModelConfig,
+    SwinConfig,
     TextConfig,
     VisionConfig,
 )
@@ -76,6 +78,33 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
         fusion=FusionConfig(depth=6, heads=12),
         objectives=_XVLM,
     ),
+    # The published form; with transformers.
+    "xvlm_swin_base": ModelConfig(
+        embed_dim=256,
+        vision=VisionConfig(
+            image_size=224,
+            patch_size=32,
+            width=1024,
+            depth=24,
+            heads=32,
+            region_form="pooled",
+            swin=SwinConfig(embed_width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=7),
+        ),
+        text=TextConfig(
+            context_length=40,
+            vocab_size=30522,
+            width=768,
+            depth=6,
+            heads=12,
+            kind="bidirectional",
+            mask_id=3,
+            bert=BertConfig(),
+        ),
+        caption_decoder=CaptionDecoderConfig(depth=6, heads=12),
+        image_decoder=ImageDecoderConfig(depth=4, width=768, heads=12),
+        fusion=FusionConfig(depth=6, heads=12),
+        objectives=_XVLM,
+    ),
 }
 
 # Parameters of each preset, and of it without image decoder and score heads.
@@ -87,4 +116,5 @@ PRESET_PARAMETERS: dict[str, tuple[int, int]] = {
     "large_14": (679782222, 640414465),
     "xvlm_tiny": (1121799, 1121799),
     "xvlm_base": (212064577, 212064577),
+    "xvlm_swin_base": (215686905, 215686905),
 }

@@ -100,6 +100,10 @@ class TextEncoder(nn.Module):
 
 def build_text_encoder(config: ModelConfig) -> TextEncoder:
     """The text encoder that a configuration names."""
+    if config.text.bert is not None:
+        from sycoca.bert import BertTextEncoder
+
+        return BertTextEncoder(config)
     if config.text.kind == "bidirectional":
         from sycoca.bidirectional import BidirectionalTextEncoder
 

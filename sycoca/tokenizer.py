@@ -188,7 +188,10 @@ class Tokenizer:
         """The same WordPiece vocabulary with or without [SEP] behind the words."""
         if not self._is_wordpiece:
             raise ValueError("tokenizer: only a WordPiece vocabulary can leave out its end token")
-        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        data = json.loads(self._backend.to_str())
+        # Published files have text that spells a special token become it, and some cut and pad.
+        data |= {"added_tokens": [], "truncation": None, "padding": None}
+        backend = tokenizers.Tokenizer.from_str(json.dumps(data))
         start, end = _WORDPIECE[1:3]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{start} $A {end}" if sep else f"{start} $A",

@@ -21,13 +21,13 @@ class EncodedImage(NamedTuple):
     Attributes:
         cls: (B, D) normalised [CLS].
         patches: (B, P, D) normalised patches.
-        embedded: (B, P, D) patch embeddings before position and blocks.
+        embedded: (B, P, D) patch embeddings before position and blocks, or None where no second pass starts there.
         values: (B, P, D) normalised values of the last block, without gradient, or None.
     """
 
     cls: Tensor
     patches: Tensor
-    embedded: Tensor
+    embedded: Tensor | None
     values: Tensor | None
 
 
@@ -105,6 +105,15 @@ class VisionTransformer(nn.Module):
     def _values(self, x: Tensor) -> Tensor:
         last = self.blocks[-1]
         return self.ln_post(last.attn.values(last.ln_attn(x)))[:, 1:]
+
+
+def build_image_encoder(config: ModelConfig) -> nn.Module:
+    """The image encoder that a configuration names."""
+    if config.vision.swin is None:
+        return VisionTransformer(config)
+    from sycoca.swin import SwinTransformer
+
+    return SwinTransformer(config)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

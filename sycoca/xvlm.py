@@ -136,7 +136,7 @@ class XVLM(SyCoCa):
         self.fusion = FusionEncoder(config) if config.fuses else None
         self.itm_head = PairHead(width, 2) if config.learns("itm") else None
         self.box_head = PairHead(width, 4) if config.learns("bbox") else None
-        self.word_head = WordHead(width) if config.learns("mlm") else None
+        self.word_head = WordHead(config) if config.learns("mlm") else None
 
     def forward(
         self,

@@ -177,6 +177,27 @@ class PretrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class PretrainedConfig(Section):
+    """Encoders that others have trained, each a folder or a name on the hub: a Swin for `vision`, a BERT for `text` and
+    the fusion encoder. Sizes and vocabulary are theirs.
+
+    `anew_rate` is the factor on the learning rate of what begins anew beside them.
+    """
+
+    vision: str | None = None
+    text: str | None = None
+    anew_rate: float = 2.0
+
+    def __post_init__(self) -> None:
+        _finite(self, "anew_rate")
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one."""
+        return self.vision is not None or self.text is not None
+
+
+@dataclass(frozen=True)
 class RunConfig(Section):
     """A run; `init` names the model that it starts from."""
 
@@ -187,8 +208,15 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     train: PretrainConfig = PretrainConfig()
     init: str | None = None
+    pretrained: PretrainedConfig = PretrainedConfig()
 
     def __post_init__(self) -> None:
+        given = "vision" if self.pretrained.vision is not None else "text"
+        both = self.init is not None and self.pretrained.any
+        require(not both, f"pretrained.{given}: --init {self.init} brings its own encoders")
+        theirs = self.model.vision.swin is not None or self.model.text.bert is not None
+        slow = "train.compile: true, but blocks of transformers (model.vision.swin, model.text.bert) are not compiled"
+        require(not (theirs and self.train.compile), slow)
         boxes, asked = self.train.region_batch, self.model.learns("bbox")
         require(boxes > 0 or not asked, "train.region_batch: 0, the objective 'bbox' needs texts with boxes")
         require(boxes == 0 or self.model.fusion is not None, f"train.region_batch: {boxes}, boxes need model.fusion")
@@ -256,6 +284,14 @@ PRESETS: dict[str, RunConfig] = {
     "xvlm_base": RunConfig(
         preset="xvlm_base",
         model=MODEL_PRESETS["xvlm_base"],
+        optimizer=OptimizerConfig(lr=1e-4, eps=1e-8, weight_decay=0.01),
+        schedule=ScheduleConfig(name="linear", warmup_steps=2500),
+        data=DataConfig(tokenizer="wordpiece", crop_scale=(0.2, 1.0), flip=0.5),
+        train=PretrainConfig(steps=200_000, micro_batch=128, region_batch=128),
+    ),
+    "xvlm_swin_base": RunConfig(
+        preset="xvlm_swin_base",
+        model=MODEL_PRESETS["xvlm_swin_base"],
         optimizer=OptimizerConfig(lr=1e-4, eps=1e-8, weight_decay=0.01),
         schedule=ScheduleConfig(name="linear", warmup_steps=2500),
         data=DataConfig(tokenizer="wordpiece", crop_scale=(0.2, 1.0), flip=0.5),

@@ -35,6 +35,7 @@ def finetune(tuning: Tuning) -> None:
     from train.budget import Budget
     from train.checkpoints import Saver, choose, load_checkpoint, prepare, told
     from train.data.order import mix
+    from train.drops import seed_drops
     from train.durable import write_atomically
     from train.health import Control, Skips, Spikes
     from train.heartbeat import Heartbeat
@@ -105,6 +106,7 @@ def finetune(tuning: Tuning) -> None:
     shares = [train.micro_batch] * world
     with heartbeat.guard():
         for step in range(first_step, steps):
+            seed_drops(model.config, train.seed, step, rank)
             started, waited = time.perf_counter(), 0.0
             lr = config.optimizer.lr * learning_rate_factor(config.schedule, step, steps)
             set_learning_rate(optimizer, lr)

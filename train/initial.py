@@ -42,6 +42,28 @@ def check_text(wanted: ModelConfig, name: str) -> None:
             raise ConfigError(f"--init {name}: its {key} is {given}, model.text.{key}={asked} cannot be made of it")
 
 
+def begin(model, config: RunConfig) -> list[str]:
+    """Gives a fresh model the weights that the run starts from, if any. All ranks call it.
+
+    Returns:
+        Parts that begin anew beside them.
+
+    Raises:
+        ConfigError: weights of another architecture, or not to be had; one line.
+    """
+    if config.init is not None:
+        return load_initial(model, config)
+    given = config.pretrained
+    if not given.any:
+        return []
+    from sycoca.backbones import load_backbones
+
+    try:
+        return load_backbones(model, vision=given.vision, text=given.text)
+    except ConfigError as error:
+        raise ConfigError(f"pretrained: {error}") from None
+
+
 def load_initial(model, config: RunConfig) -> list[str]:
     """Gives the model's parameters their values; image positions are interpolated. All ranks call it.
 

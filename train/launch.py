@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sycoca.backbone_config import missing_package
 from sycoca.config import ConfigError, to_dict
 from train import deepspeed_json
+from train.backbones import check_sizes, with_backbones
 from train.command_line import Parser, apply_overrides, split_overrides
 from train.config import PRESETS, RunConfig, require_batch
 from train.data import DataError, Source, open_dataset, readable
@@ -29,6 +31,7 @@ from train.run_folder import check_writable, checkpoint_steps, free_run_dir, rea
 # With another value of these, or of the model's, what is continued would be another run.
 _FIXED = frozenset(
     ["data.train", "data.val", "data.tokenizer", "data.regions", "train.seed"]
+    + ["pretrained.vision", "pretrained.text"]
     + [f"train.{name}" for name in ("micro_batch", "accumulation", "global_batch", "region_batch")]
 )
 # The bytes and the special tokens.
@@ -141,9 +144,16 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
         raise ConfigError(f"--resume: the run started from {config.init or 'fresh weights'}, not from --init {init}")
     if init is not None and not args.resume:
         config = started_from(config, init)
+    if not args.resume:
+        asked = {key: value for key, value in overrides.items() if key.startswith("pretrained.")}
+        config = with_backbones(apply_overrides(config, asked))
     config = apply_overrides(config, overrides)
     if init is not None and not args.resume:
         check_text(config.model, init)
+    if config.pretrained.any and not args.resume:
+        check_sizes(config)
+    if line := missing_package(config.model):
+        raise ConfigError(line)
     taken = taken_over(ds, config, overrides, ds_path.name, world)
     config = settle(apply_overrides(config, taken), overrides, has_cuda)
     if run_dir is None:
@@ -211,8 +221,10 @@ def _check_groups(config: RunConfig, world: int) -> None:
 
 def _check_options(config: RunConfig, ds: DeepSpeedJson) -> None:
     train, zero = config.train, ds.zero_optimization
-    if train.freeze and config.init is None:
-        raise ConfigError(f"train.freeze={','.join(train.freeze)}: without --init that encoder would stay random")
+    for name in train.freeze:
+        if config.init is None and getattr(config.pretrained, name) is None:
+            without = f"without --init or pretrained.{name} that encoder would stay random"
+            raise ConfigError(f"train.freeze={','.join(train.freeze)}: {without}")
     if config.optimizer.name == "lamb" and zero.stage:
         reason = f"it scales the steps of whole tensors, and ZeRO stage {zero.stage} makes flat pieces"
         raise ConfigError(f"optimizer.name=lamb: {reason}")

@@ -2,11 +2,14 @@
 
 import re
 
+from sycoca.backbones import begins_given
+from sycoca.config import ModelConfig
 from sycoca.model import SyCoCa, parameter_groups
 from train.config import RunConfig
 from train.optim import by_layer
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_BLOCK = re.compile(r"(?:swin\.encoder\.layers\.(\d+)\.)?(?:blocks\.(\d+)\.|downsample\.)")
+_FIRST = ("embed.", "sequence.", "ln_pre.", "swin.embeddings.")
 _ENCODERS = ("vision", "text")
 
 
@@ -15,7 +18,8 @@ def pretraining_groups(model: SyCoCa, config: RunConfig) -> list[dict]:
 
     Args:
         model: whole.
-        config: weight decay, frozen encoders and the decay of the rate from layer to layer of the others.
+        config: weight decay, frozen encoders, the decay of the rate from layer to layer of the others, and the rate of
+            what begins anew beside published encoders.
 
     Returns:
         Groups as `build_optimizer` takes them.
@@ -29,17 +33,41 @@ def pretraining_groups(model: SyCoCa, config: RunConfig) -> list[dict]:
     rest, split = groups, []
     if train.layer_decay < 1:
         for encoder in _ENCODERS:
-            tower = getattr(model, encoder)
-            depth = len(tower.blocks)
-            layers = {id(p): _layer(name, depth) for name, p in tower.named_parameters()}
+            depths = encoder_depths(config.model, encoder)
+            depth = sum(depths)
+            layers = {id(p): layer_of(name, depths) for name, p in getattr(model, encoder).named_parameters()}
             named = [{**group, "name": f"{encoder}_{group['name']}"} for group in groups]
             split += by_layer(named, layers, depth, train.layer_decay)
             rest = [{**group, "params": [p for p in group["params"] if id(p) not in layers]} for group in rest]
-    return [group for group in [*rest, *split] if group["params"]]
+    return [group for group in _faster_anew(model, config, [*rest, *split]) if group["params"]]
 
 
-def _layer(name: str, depth: int) -> int:
-    """Distance of an encoder's parameter from its input, 0 to depth + 1."""
+def _faster_anew(model: SyCoCa, config: RunConfig, groups: list[dict]) -> list[dict]:
+    """The groups, those of parameters without published weights apart, with their own rate."""
+    given = config.pretrained
+    if not given.any or given.anew_rate == 1:
+        return groups
+    parts = {"vision": given.vision is not None, "text": given.text is not None}
+    known = {id(p) for name, p in model.named_parameters() if begins_given(name, **parts)}
+    apart = []
+    for group in groups:
+        anew = [p for p in group["params"] if id(p) not in known]
+        rate = given.anew_rate * group.get("lr_scale", 1.0)
+        apart.append({**group, "params": [p for p in group["params"] if id(p) in known]})
+        apart.append({**group, "name": f"{group['name']}_anew", "params": anew, "lr_scale": rate})
+    return apart
+
+
+def encoder_depths(model: ModelConfig, encoder: str) -> tuple[int, ...]:
+    """Blocks of the stages of an encoder, `vision` or `text`."""
+    swin = model.vision.swin
+    return swin.depths if encoder == "vision" and swin is not None else (getattr(model, encoder).depth,)
+
+
+def layer_of(name: str, depths: tuple[int, ...]) -> int:
+    """Distance of an encoder's parameter from its input, 0 to the sum of `depths` + 1."""
     if block := _BLOCK.match(name):
-        return int(block[1]) + 1
-    return 0 if name.startswith(("embed.", "sequence.", "ln_pre.")) else depth + 1
+        stage, place = int(block[1] or 0), block[2]
+        # What makes the grid smaller learns as the last block before it.
+        return sum(depths[:stage]) + (depths[stage] if place is None else int(place) + 1)
+    return 0 if name.startswith(_FIRST) else sum(depths) + 1

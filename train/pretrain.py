@@ -36,12 +36,13 @@ def pretrain(launch: Launch) -> None:
     from train.alike import require_alike
     from train.carried import carry_over
     from train.checkpoints import Saver, choose, prepare, resume, tag, tokenizer_digest
+    from train.drops import seed_drops
     from train.ema import keep_average
     from train.evaluations import Evaluations
     from train.export import export
     from train.health import Control, Skips, Spikes
     from train.heartbeat import Heartbeat
-    from train.initial import load_initial
+    from train.initial import begin
     from train.inputs import hold_run_dir, open_inputs
     from train.metrics import RunLog, Timing, loss_names, trained_losses
     from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
@@ -66,7 +67,7 @@ def pretrain(launch: Launch) -> None:
     torch.manual_seed(train.seed)
     # Whole, whatever is partitioned later: what `deepspeed.zero.Init` has partitioned, a parent no longer initialises.
     model = build_model(config.model)
-    anew = load_initial(model, config) if config.init and not chosen else []
+    anew = [] if chosen else begin(model, config)
     if train.compile:
         compile_blocks(model)
     offloaded = "zero_force_ds_cpu_optimizer" in launch.deepspeed
@@ -109,6 +110,7 @@ def pretrain(launch: Launch) -> None:
             plan = step_plan(config.model, step, inputs.total_steps, train.seed)
             lr = config.optimizer.lr * learning_rate_factor(config.schedule, step, inputs.total_steps)
             set_learning_rate(optimizer, lr)
+            seed_drops(config.model, train.seed, step, rank)
             asked = time.perf_counter()
             with heartbeat.alone("no data has come"):
                 parts, places = zip(*itertools.islice(batches, train.accumulation), strict=True)
@@ -158,13 +160,14 @@ def start_line(launch: Launch, model, inputs, world: int, chosen, anew: list[str
     config = launch.config
     count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     stage = launch.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    train, data = config.train, config.data
+    train, data, given = config.train, config.data, config.pretrained
+    origin = config.init or ", ".join(name for name in (given.vision, given.text) if name is not None)
     lines = [
         f"{f'resuming at step {chosen.step}' if chosen else 'starting'}: {config.preset}, "
         f"{count / 1e6:.1f} M parameters, ZeRO {stage}, {world} rank(s), {train.precision}, "
         f"batch {_batch(train)} x {train.accumulation} x {world}, {inputs.total_steps} steps",
         f"data: {data.train}, {len(inputs.train)} samples, {len(inputs.val)} held out; run folder: {launch.run_dir}",
-        *([f"weights: {config.init}; anew: {', '.join(anew) or 'nothing'}"] if config.init and not chosen else []),
+        *([f"weights: {origin}; anew: {', '.join(anew) or 'nothing'}"] if origin and not chosen else []),
         *launch.notes,
         *([f"damaged checkpoints passed over: {told(chosen.damaged)}"] if chosen and chosen.damaged else []),
         *filter(None, (inputs.train.skipped.line(), inputs.val.skipped.line())),

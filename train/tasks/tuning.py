@@ -1,7 +1,6 @@
 """The parts of a fine-tuning: objective, parameter groups, batches, and the verdicts before and after."""
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from train.data import DataError, LoadedBatch, batches
 from train.data.region_batches import region_batches
 from train.health import Place
 from train.optim import by_layer
+from train.param_groups import encoder_depths, layer_of
 from train.tasks.class_names import are_numbers, templates
 from train.tasks.classification import name_features
 from train.tasks.facts import task_facts, vqa_method
@@ -27,8 +27,6 @@ from train.tasks.report import terminal_lines, write_results
 from train.tasks.rows import AnswerRows, CaptionRows, LabelRows, ReferenceRows, WrittenRows
 from train.tasks.scst import SelfCritical, training_frequencies
 from train.tasks.vqa import frequent_answers
-
-_BLOCK = re.compile(r"model\.vision\.blocks\.(\d+)\.")
 
 
 class Plan(NamedTuple):
@@ -129,23 +127,21 @@ def training_groups(objective: Objective, config: FinetuneConfig) -> list[dict]:
         grouped[1]["params"] += plain
     if config.task != "classification":
         return [group for group in grouped if group["params"]]
-    depth = len(objective.model.vision.blocks)
-    layers = {id(p): _layer(name, depth) for name, p in objective.named_parameters()}
+    depths = encoder_depths(objective.model.config, "vision")
+    layers = {id(p): _layer(name, depths) for name, p in objective.named_parameters()}
     layers = {key: place for key, place in layers.items() if place is not None}
-    split = by_layer(grouped, layers, depth, config.options.layer_decay)
+    split = by_layer(grouped, layers, sum(depths), config.options.layer_decay)
     trained = {id(p) for group in split for p in group["params"]}
     for parameter in objective.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     return split
 
 
-def _layer(name: str, depth: int) -> int | None:
-    """Distance of a parameter from the pixels, 0 to depth + 1; None where a classifier does not depend on it."""
-    if block := _BLOCK.match(name):
-        return int(block[1]) + 1
-    if name.startswith(("model.vision.embed", "model.vision.sequence", "model.vision.ln_pre")):
-        return 0
-    return depth + 1 if name.startswith(("head.", "model.vision.", "model.image_projection")) else None
+def _layer(name: str, depths: tuple[int, ...]) -> int | None:
+    """Distance of a parameter from the pixels, from 0 on; None where a classifier does not depend on it."""
+    if name.startswith("model.vision."):
+        return layer_of(name.removeprefix("model.vision."), depths)
+    return sum(depths) + 1 if name.startswith(("head.", "model.image_projection")) else None
 
 
 def tuning_batches(tuning: Tuning, plan: Plan, first: int, *, rank: int, world: int, device: Any) -> Iterator[tuple]:

@@ -1,0 +1,19 @@
+"""What training leaves out at random, as a pure function of the step, so that a resumed run leaves out the same."""
+
+import torch
+
+from sycoca.config import ModelConfig
+from train.data.order import mix
+
+
+def seed_drops(model: ModelConfig, seed: int, step: int, rank: int) -> None:
+    """Seeds torch's generators for a step of a model with dropout.
+
+    Args:
+        model: its configuration; without dropout nothing is done.
+        seed: of the run.
+        step: about to be taken.
+        rank: this process's.
+    """
+    if model.drops:
+        torch.manual_seed(mix(seed, step, rank) >> 1)
