@@ -134,19 +134,18 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     before = config
     if args.resume and args.preset not in (None, config.preset):
         raise ConfigError(f"--preset {args.preset} differs from the resumed run's, {config.preset}")
-    overrides = split_overrides(args.overrides, config)
-    if args.data is not None:
-        if overrides.get("data.train", args.data) != args.data:
-            raise ConfigError(f"--data {args.data} and data.train={overrides['data.train']} differ")
-        overrides["data.train"] = args.data
     init = args.init or config.init
     if args.resume and init != config.init:
         raise ConfigError(f"--resume: the run started from {config.init or 'fresh weights'}, not from --init {init}")
     if init is not None and not args.resume:
         config = started_from(config, init)
     if not args.resume:
-        asked = {key: value for key, value in overrides.items() if key.startswith("pretrained.")}
-        config = with_backbones(apply_overrides(config, asked))
+        config = with_backbones(config, args.overrides)
+    overrides = split_overrides(args.overrides, config)
+    if args.data is not None:
+        if overrides.get("data.train", args.data) != args.data:
+            raise ConfigError(f"--data {args.data} and data.train={overrides['data.train']} differ")
+        overrides["data.train"] = args.data
     config = apply_overrides(config, overrides)
     if init is not None and not args.resume:
         check_text(config.model, init)
