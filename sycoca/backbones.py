@@ -29,12 +29,13 @@ _WORD_HEAD = ("word_head.", "text.sequence.tokens.bias")
 _SPECIAL = {"pad_id": "[PAD]", "sot_id": "[CLS]", "eot_id": "[SEP]", "mask_id": "[MASK]"}
 
 
-def like_swin(vision: VisionConfig, name: str) -> VisionConfig:
+def like_swin(vision: VisionConfig, name: str, *, image_size: int | None = None) -> VisionConfig:
     """The image encoder's configuration with the sizes of a published Swin.
 
     Args:
-        vision: whose image size stays.
+        vision: whose image size stays where none is given.
         name: folder, or repository of the hub, with the config.json of transformers.
+        image_size: pixels, at least a window on the last grid.
 
     Raises:
         ConfigError: nothing there, no Swin, or one that this package does not build; one line.
@@ -52,15 +53,25 @@ def like_swin(vision: VisionConfig, name: str) -> VisionConfig:
             drop_path=data.get("drop_path_rate", SwinConfig.drop_path),
         )
         mlp_ratio = float(data.get("mlp_ratio", 4.0))
-    return replace(vision, **swin.implied, swin=swin, region_form="pooled", mlp_ratio=mlp_ratio)
+    size = vision.image_size if image_size is None else image_size
+    return replace(
+        vision,
+        image_size=size,
+        **swin.implied,
+        swin=swin,
+        region_form="pooled",
+        cls_position=False,
+        mlp_ratio=mlp_ratio,
+    )
 
 
-def like_bert(model: ModelConfig, name: str) -> ModelConfig:
+def like_bert(model: ModelConfig, name: str, *, context_length: int | None = None) -> ModelConfig:
     """The configuration with text and fusion encoder of the sizes, and the vocabulary, of a published BERT.
 
     Args:
-        model: whose context length stays.
+        model: whose context length stays where none is given.
         name: folder, or repository of the hub, with config.json and tokenizer.json.
+        context_length: tokens, at most its positions.
 
     Raises:
         ConfigError: nothing there, no BERT, or one that this package does not build; one line.
@@ -77,7 +88,9 @@ def like_bert(model: ModelConfig, name: str) -> ModelConfig:
         )
     ids = _special_ids(bert_tokenizer(name))
     first = layers if model.fusion is None else layers // 2
+    length = model.text.context_length if context_length is None else context_length
     given = {"kind": "bidirectional", "bert": bert, "vocab_size": rows, "width": width, "depth": first}
+    given |= {"context_length": length}
     text = replace(model.text, **given, **sizes, **ids)
     fusion = None if model.fusion is None else FusionConfig(depth=layers - first, **sizes)
     return replace(model, text=text, fusion=fusion)

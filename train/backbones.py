@@ -12,6 +12,8 @@ from sycoca.config import ConfigError, ModelConfig
 from train.command_line import apply_overrides, full_key, leaves, split_overrides
 from train.config import RunConfig
 
+_BESIDE = {"model.vision.image_size": "image_size", "model.text.context_length": "context_length"}
+
 
 def with_backbones(config: RunConfig, overrides: list[str]) -> RunConfig:
     """The configuration with the sizes of the encoders that it names, and their tokenizer.
@@ -23,12 +25,14 @@ def with_backbones(config: RunConfig, overrides: list[str]) -> RunConfig:
     Raises:
         ConfigError: not to be had, or not such encoders; one line naming the key.
     """
-    config = apply_overrides(config, split_overrides([text for text in overrides if _names_one(text, config)], config))
-    given, data = config.pretrained, config.data
-    if given.text is not None:
-        with _named("text", given.text):
-            data = replace(data, tokenizer=str(bert_tokenizer(given.text)))
-    return replace(config, model=_sized(config), data=data)
+    asked = split_overrides([text for text in overrides if _is_first(text, config)], config)
+    config = apply_overrides(config, {key: value for key, value in asked.items() if key not in _BESIDE})
+    # What the published sizes have to fit; a value of another type is refused later, as everywhere.
+    beside = {_BESIDE[key]: value for key, value in asked.items() if key in _BESIDE and type(value) is int}
+    model, data, text = _sized(config, **beside), config.data, config.pretrained.text
+    if text is not None:
+        data = replace(data, tokenizer=str(bert_tokenizer(text)))
+    return replace(config, model=model, data=data)
 
 
 def check_sizes(config: RunConfig) -> None:
@@ -41,20 +45,21 @@ def check_sizes(config: RunConfig) -> None:
             raise ConfigError(f"pretrained.{part}={name}: model.{key} is {value} there, not {old.get(key)}")
 
 
-def _names_one(text: str, config: RunConfig) -> bool:
+def _is_first(text: str, config: RunConfig) -> bool:
     with contextlib.suppress(ConfigError):
-        return full_key(text.partition("=")[0], config).startswith("pretrained.")
+        key = full_key(text.partition("=")[0], config)
+        return "=" in text and (key in _BESIDE or key.startswith("pretrained."))
     return False
 
 
-def _sized(config: RunConfig) -> ModelConfig:
+def _sized(config: RunConfig, image_size: int | None = None, context_length: int | None = None) -> ModelConfig:
     given, model = config.pretrained, config.model
     if given.vision is not None:
         with _named("vision", given.vision):
-            model = replace(model, vision=like_swin(model.vision, given.vision))
+            model = replace(model, vision=like_swin(model.vision, given.vision, image_size=image_size))
     if given.text is not None:
         with _named("text", given.text):
-            model = like_bert(model, given.text)
+            model = like_bert(model, given.text, context_length=context_length)
     return model
 
 

@@ -142,6 +142,8 @@ def _described(folder: Path, name: str) -> tuple[ModelConfig, str]:
             from sycoca.openclip import openclip_config
 
             return openclip_config(data["model_cfg"]), "clip"
+        if (part := {"swin": "vision", "bert": "text"}.get(data.get("model_type"))) is not None:
+            raise ConfigError(f"--init {name}: {data['model_type']} of transformers; pretrained.{part}={name} takes it")
         fields = {key: value for key, value in data.items() if key not in ("architectures", "model_type")}
         return from_dict(ModelConfig, fields), str(folder / "tokenizer.json")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

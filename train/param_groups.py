@@ -33,7 +33,7 @@ def pretraining_groups(model: SyCoCa, config: RunConfig) -> list[dict]:
     rest, split = groups, []
     if train.layer_decay < 1:
         for encoder in _ENCODERS:
-            depths = encoder_depths(config.model, encoder)
+            depths = encoder_depths(model.config, encoder)
             depth = sum(depths)
             layers = {id(p): layer_of(name, depths) for name, p in getattr(model, encoder).named_parameters()}
             named = [{**group, "name": f"{encoder}_{group['name']}"} for group in groups]

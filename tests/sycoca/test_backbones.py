@@ -1,7 +1,6 @@
 """transformers' Swin and BERT in X-VLM: what they compute, published weights, and what is refused."""
 
 import json
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +60,7 @@ def published(tmp_path_factory) -> dict[str, Path]:
         num_hidden_layers=4,
         num_attention_heads=2,
         intermediate_size=50,
-        max_position_embeddings=12,
+        max_position_embeddings=30,
         pad_token_id=SPECIAL["[PAD]"],
     )
     bert = transformers.BertForMaskedLM(sizes)
@@ -128,7 +127,7 @@ def test_sizes_and_vocabulary_are_the_published_ones(config):
     )
     text, fusion = config.text, config.fusion
     assert (text.depth, fusion.depth, text.heads, fusion.heads, text.width) == (2, 2, 2, 2, 20)
-    assert text.mlp_ratio == fusion.mlp_ratio == 2.5 and text.bert.positions == 12
+    assert text.mlp_ratio == fusion.mlp_ratio == 2.5 and text.bert.positions == 30
     assert (text.pad_id, text.sot_id, text.eot_id, text.mask_id) == (4, 3, 1, 2)
 
 
@@ -350,9 +349,9 @@ def test_a_run_takes_sizes_and_vocabulary(published, capsys):
             ["pretrained.text={bert}", "model.text.width=24"],
             "pretrained.text={bert}: model.text.width is 20 there, not 24",
         ),
-        (["pretrained.text={bert}", "--init=nowhere/x"], "--init nowhere/x: no such folder"),
-        (["pretrained.text={bert}", "context_length=13"], "model.text.context_length: 13, text.bert has 12 positions"),
-        (["pretrained.vision={swin}", "image_size=8"], "model.vision.swin.window: 3, the last grid has 2 x 2 cells"),
+        (["pretrained.text={bert}", "--init={swin}"], "--init {swin}: config.json: depths: unknown key"),
+        (["pretrained.text={bert}", "context_length=31"], "={bert}: context_length: 31, text.bert has 30 positions"),
+        (["pretrained.vision={swin}", "image_size=8"], "={swin}: swin.window: 3, the last grid has 2 x 2 cells"),
         (["pretrained.visoin={swin}"], "pretrained.visoin: unknown key; did you mean 'pretrained.vision'?"),
         (["pretrained.vision={swin}", "anew_rate=0"], "pretrained.anew_rate: 0.0, needs to be above 0 and finite"),
         (["pretrained.vision={swin}", "train.compile=true"], "train.compile: true, but blocks of transformers"),
@@ -408,7 +407,7 @@ def test_a_swin_beside_this_packages_own_texts(config):
         batch = step(model.config, LENGTHS, REGION_LENGTHS)
         found = model(batch, PLAN)
         found.total.backward()
-        assert math.isfinite(found.total) and all(p.grad is not None for p in model.parameters())
+        assert found.total.isfinite() and all(p.grad is not None for p in model.parameters())
 
 
 def test_transformers_leaves_the_kernels_of_this_package_alone():
