@@ -349,7 +349,7 @@ def test_a_run_takes_sizes_and_vocabulary(published, capsys):
             ["pretrained.text={bert}", "model.text.width=24"],
             "pretrained.text={bert}: model.text.width is 20 there, not 24",
         ),
-        (["pretrained.text={bert}", "--init={swin}"], "--init {swin}: config.json: depths: unknown key"),
+        (["pretrained.text={bert}", "--init={swin}"], "swin of transformers; pretrained.vision={swin} takes it"),
         (["pretrained.text={bert}", "context_length=31"], "={bert}: context_length: 31, text.bert has 30 positions"),
         (["pretrained.vision={swin}", "image_size=8"], "={swin}: swin.window: 3, the last grid has 2 x 2 cells"),
         (["pretrained.visoin={swin}"], "pretrained.visoin: unknown key; did you mean 'pretrained.vision'?"),
@@ -363,6 +363,12 @@ def test_a_run_is_refused_in_one_line(overrides, message, published):
     with pytest.raises(ConfigError) as caught:
         parse([*COMMAND, *(text.format(**names) for text in overrides)], script=SCRIPT, has_cuda=False)
     assert message.format(**names) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_whole_model_brings_its_own_encoders(published):
+    given = PretrainedConfig(text=str(published["bert"]))
+    with pytest.raises(ConfigError, match="pretrained.text: --init runs/tiny brings its own encoders"):
+        replace(PRESETS["xvlm_tiny"], init="runs/tiny", pretrained=given)
 
 
 def test_weights_that_do_not_fit_are_refused_in_one_line(published, config, tmp_path):
