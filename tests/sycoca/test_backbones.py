@@ -367,7 +367,7 @@ def test_a_run_is_refused_in_one_line(overrides, message, published):
 
 def test_a_whole_model_brings_its_own_encoders(published):
     given = PretrainedConfig(text=str(published["bert"]))
-    with pytest.raises(ConfigError, match="pretrained.text: --init runs/tiny brings its own encoders"):
+    with pytest.raises(ConfigError, match=r"pretrained\.text: --init runs/tiny brings its own encoders"):
         replace(PRESETS["xvlm_tiny"], init="runs/tiny", pretrained=given)
 
 
