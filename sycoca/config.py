@@ -213,6 +213,8 @@ class MaskingConfig(Strict):
         drop_ratio: r_l, share of the patches that captioning does not see, 0..1 (1 excluded).
         ic_mask_prob: share of the attentive steps on which captioning is masked, 0..1.
         attentive_start: share of the steps before which masks are random and captioning sees all, 0..1.
+        tgmim_start: share of the steps before which TG-MIM is left out, and the second image pass with it, 0..1
+            (1 excluded).
         block: side in patches of the squares that are selected together.
         masked_input: `token` replaces masked patches by a learnable token before the encoder (SimMIM),
             `drop` leaves them out of the encoder and puts the token into the decoder (MAE).
@@ -233,11 +235,13 @@ class MaskingConfig(Strict):
     local_group: int = 32
     mask_by: Literal["score", "random", "oracle"] = "score"
     drop_by: Literal["score", "random", "oracle"] = "score"
+    tgmim_start: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("mask_ratio", "drop_ratio", "ic_mask_prob", "attentive_start"):
+        for name in ("mask_ratio", "drop_ratio", "ic_mask_prob", "attentive_start", "tgmim_start"):
             _require(0 <= getattr(self, name) <= 1, f"{name}: must lie in 0..1, got {getattr(self, name)}")
         _require(self.drop_ratio < 1, "drop_ratio: 1 would leave captioning without a patch")
+        _require(self.tgmim_start < 1, "tgmim_start: 1 would never train TG-MIM; loss.tgmim_weight=0 leaves it out")
         _positive(self, "block", "local_dim", "local_group")
 
 
@@ -248,7 +252,8 @@ class LossConfig(Strict):
     Attributes:
         local_weight: weight of the token-wise contrastive term; None means 1 while patches are selected
             by the score in the space `local`, else 0. Given explicitly it keeps the term without masks.
-        tgmim_kind: error of `kernels.masked_patch_loss`.
+        tgmim_kind: what TG-MIM predicts and its error: pixels, as in `kernels.masked_patch_loss`, or `ema_features`,
+            what an image encoder of averaged weights makes of the patch, as in `sycoca.losses.feature_loss`.
         label_smoothing: of the contrastive loss, 0..1.
         caption_label_smoothing: of the captioning loss, 0..1.
         l1_weight, giou_weight: of the two terms of `bbox`.
@@ -261,7 +266,7 @@ class LossConfig(Strict):
     caption_weight: float = 2.0
     tgmim_weight: float = 1.0
     local_weight: float | None = None
-    tgmim_kind: Literal["l1", "mse", "mse_normalised"] = "l1"
+    tgmim_kind: Literal["l1", "mse", "mse_normalised", "ema_features"] = "l1"
     label_smoothing: float = 0.0
     caption_label_smoothing: float = 0.0
     itm_weight: float = 1.0
@@ -384,6 +389,11 @@ class ModelConfig(Strict):
     def num_masked(self) -> int:
         """Patches that TG-MIM masks, whole blocks."""
         return self._whole_blocks(self.masking.mask_ratio) if self.learns("tgmim") else 0
+
+    @property
+    def predicts_features(self) -> bool:
+        """Whether TG-MIM predicts features rather than pixels."""
+        return self.num_masked > 0 and self.loss.tgmim_kind == "ema_features"
 
     @property
     def num_dropped(self) -> int:

@@ -103,7 +103,7 @@ class ImageDecoderLayer(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """Pixels of the masked patches from the encoded visible ones and the caption."""
+    """Pixels or features of the masked patches from the encoded visible ones and the caption."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -119,16 +119,18 @@ class ImageDecoder(nn.Module):
             ImageDecoderLayer(decoder.width, decoder.heads, decoder.mlp_ratio, text_width) for _ in range(decoder.depth)
         )
         self.norm = LayerNorm(decoder.width)
-        self.pixels = nn.Linear(decoder.width, vision.patch_values)
+        features = config.predicts_features
+        self.pixels = None if features else nn.Linear(decoder.width, vision.patch_values)
+        self.features = nn.Linear(decoder.width, vision.width) if features else None
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
-        for linear, std in ((self.embed, vision.width**-0.5), (self.pixels, 0.02)):
+        for linear, std in ((self.embed, vision.width**-0.5), (self.features if features else self.pixels, 0.02)):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
         init_blocks(self.layers, decoder.width, decoder.depth)
 
     def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor, words: Tensor, valid: Tensor) -> Tensor:
-        """Pixels (B, K, p * p * 3) of the patches `masked` (B, K).
+        """Pixels (B, K, p * p * 3) or features (B, K, D) of the patches `masked` (B, K).
 
         Args:
             encoded: (B, N, D) image of the second pass, N the visible patches if the rest was dropped, else all.
@@ -147,4 +149,5 @@ class ImageDecoder(nn.Module):
         for layer in self.layers[:-1]:
             x = run_block(layer, x, words, valid, recompute=self.recompute)
         x = run_block(self.layers[-1], x, words, valid, masked, recompute=self.recompute)
-        return self.pixels(self.norm(x))
+        head = self.features if self.pixels is None else self.pixels
+        return head(self.norm(x))

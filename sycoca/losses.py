@@ -1,7 +1,8 @@
-"""Losses that no kernel holds: next tokens without the logits of all of them, token-wise contrast, global counts.
+"""Losses that no kernel holds: next tokens without all their logits, token-wise contrast, features, global counts.
 
     caption:  sum_n lse(W x_n) - (W x_n)[y_n]
     local:    s_ab = mean_p max_t <v_ap, w_bt>,  r_ab = mean_t max_p <v_ap, w_bt>,  cross entropy of both over b and a
+    features: smooth_l1(prediction_i, (z_i - mean z_i) / deviation z_i) of the masked patches i
 
 Every loss is a sum of this rank over (global count / ranks), so that the mean over ranks is the global loss. Groups of
 the local term lie within a rank; they are those of one process where their size divides every rank's pairs.
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels import gather_patches
 
 # Logits that are held at once: 64 MiB in fp32.
 _CHUNK_LOGITS = 1 << 24
@@ -151,6 +154,34 @@ class _TokenwiseSimilarity(torch.autograd.Function):
         dcosines.scatter_add_(1, patch[:, None], share[:, None])
         dcosines = dcosines.view(v.shape[0] * P, -1)
         return (dcosines @ w.flatten(0, 1)).view_as(v), (dcosines.T @ v.flatten(0, 1)).view_as(w), None
+
+
+def feature_targets(patches: Tensor) -> Tensor:
+    """Features as targets: each patch of mean 0 and variance 1, which keeps them from shrinking to a constant.
+
+    As in data2vec (arXiv 2202.03555) and I-JEPA (arXiv 2301.08243), whose target is, as here, the last layer alone.
+
+    Args:
+        patches: (B, P, D).
+
+    Returns:
+        (B, P, D) fp32 (fp64 for fp64 features).
+    """
+    return F.layer_norm(patches.to(_statistics(patches.dtype)), patches.shape[-1:])
+
+
+def feature_loss(pred: Tensor, targets: Tensor, index: Tensor) -> Tensor:
+    """Smooth L1 of predicted features, summed; as in I-JEPA quadratic below a difference of 1.
+
+    Args:
+        pred: (B, K, D).
+        targets: (B, P, D) from `feature_targets`, without gradient.
+        index: (B, K) int64, the patches that are predicted.
+
+    Returns:
+        () fp32 (fp64 for fp64 targets).
+    """
+    return F.smooth_l1_loss(pred.to(targets.dtype), gather_patches(targets, index), reduction="sum")
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -25,10 +25,12 @@ class StepPlan(NamedTuple):
     Attributes:
         attentive: masks follow what the configuration names; else TG-MIM masks at random.
         mask_captioning: captioning sees the kept patches only; else all.
+        reconstruct: TG-MIM is trained, where the model has it.
     """
 
     attentive: bool
     mask_captioning: bool
+    reconstruct: bool = True
 
 
 def step_plan(config: ModelConfig, step: int, total_steps: int, seed: int) -> StepPlan:
@@ -42,7 +44,9 @@ def step_plan(config: ModelConfig, step: int, total_steps: int, seed: int) -> St
     """
     attentive = config.selects and step >= config.masking.attentive_start * total_steps
     draw = hash_int(hash_int(seed) + step) / 2**64
-    return StepPlan(attentive, attentive and config.num_dropped > 0 and draw < config.masking.ic_mask_prob)
+    mask_captioning = attentive and config.num_dropped > 0 and draw < config.masking.ic_mask_prob
+    reconstruct = config.num_masked > 0 and step >= config.masking.tgmim_start * total_steps
+    return StepPlan(attentive, mask_captioning, reconstruct)
 
 
 def select_by_score(

@@ -21,7 +21,7 @@ from sycoca.contrast import Spread, Whole, contrastive_loss, send_captions
 from sycoca.decoders import CaptionDecoder, ImageDecoder, VocabularyHead
 from sycoca.hub_mixin import HubMixin
 from sycoca.layers import LayerNorm, LogitScale
-from sycoca.losses import global_counts, local_loss
+from sycoca.losses import feature_loss, global_counts, local_loss
 from sycoca.masking import (
     StepPlan,
     overlap,
@@ -47,6 +47,7 @@ class Batch(NamedTuple):
         ids: (B,) int64, equal for pairs that match one another, or None.
         described: (B, P) float, share of each patch inside boxes of what the caption describes; None where no
             selection asks for it.
+        targets: (B, P, D) from `sycoca.losses.feature_targets`, what TG-MIM predicts where it predicts features.
     """
 
     images: Tensor
@@ -54,6 +55,7 @@ class Batch(NamedTuple):
     seeds: Tensor
     ids: Tensor | None
     described: Tensor | None = None
+    targets: Tensor | None = None
 
 
 class ImageFeatures(NamedTuple):
@@ -209,8 +211,8 @@ class SyCoCa(nn.Module, HubMixin):
                 memory = self.pooler(image.cls, gather_patches(image.patches, selection.kept)).memory
             caption = self._caption_loss(memory, text, batch.tokens) / tokens
             total = total + weight.caption_weight * caption
-        if self.image_decoder is not None:
-            tgmim = self._tgmim_loss(batch.images, image, text, selection) / pairs
+        if self.image_decoder is not None and plan.reconstruct:
+            tgmim = self._tgmim_loss(batch, image, text, selection) / pairs
             total = total + weight.tgmim_weight * tgmim
         if operands is not None:
             group_size = config.masking.local_group
@@ -266,7 +268,8 @@ class SyCoCa(nn.Module, HubMixin):
     def reconstruct(self, images: Tensor, text: TextFeatures, selection: PatchSelection) -> Tensor:
         """Pixels (B, K, p * p * 3) of the masked patches, normalised as the images, from the rest and the caption.
 
-        Pixels of a patch are ordered row, column, channel. With `mse_normalised` they are in units of each patch.
+        Pixels of a patch are ordered row, column, channel. With `mse_normalised` they are in units of each patch. With
+        `ema_features` there are features (B, K, D) instead, as `sycoca.losses.feature_targets` has them.
         """
         if self.image_decoder is None:
             raise ValueError("reconstruct: the model was built without TG-MIM")
@@ -276,14 +279,17 @@ class SyCoCa(nn.Module, HubMixin):
         labels = tokens[:, 1:].masked_fill(~text.valid[:, 1:], -1)
         return self.caption_decoder(text.words[:, :-1], memory, labels)
 
-    def _tgmim_loss(
-        self, images: Tensor, image: ImageFeatures, text: TextFeatures, selection: PatchSelection
-    ) -> Tensor:
+    def _tgmim_loss(self, batch: Batch, image: ImageFeatures, text: TextFeatures, selection: PatchSelection) -> Tensor:
         # An empty caption is no guide: prediction and target become zero, which is no error and no gradient.
         present = text.scored.any(1)
         pred = self._reconstruct(image.embedded, text, selection)
         pred = torch.where(present[:, None, None], pred, 0.0)
-        target = torch.where(present[:, None, None, None], images, 0.0)
+        if self.config.predicts_features:
+            if batch.targets is None:
+                raise ValueError("Batch.targets: missing; loss.tgmim_kind 'ema_features' predicts them")
+            targets = torch.where(present[:, None, None], batch.targets, 0.0)
+            return feature_loss(pred, targets, selection.masked) / (self.config.num_masked * targets.shape[2])
+        target = torch.where(present[:, None, None, None], batch.images, 0.0)
         error = masked_patch_loss(
             pred,
             target,
@@ -306,7 +312,8 @@ class SyCoCa(nn.Module, HubMixin):
         config, seeds = self.config, batch.seeds
         mask_overlap = torch.ones((), device=seeds.device)
         if not (plan.attentive and config.selects):
-            return (select_at_random(seeds, config) if config.num_masked else None), mask_overlap
+            masks = config.num_masked and plan.reconstruct
+            return (select_at_random(seeds, config) if masks else None), mask_overlap
         scored = None
         if config.scores:
             patches, tokens, valid = self._score_operands(image, text, local)

@@ -125,6 +125,7 @@ def view_pairs(
             parts["kept"] = _marked(selection.kept, config.vision.grid)
         if config.num_masked:
             parts["masked"] = _marked(selection.masked, config.vision.grid)
+        if config.num_masked and not config.predicts_features:
             parts["rebuilt"] = _rebuilt(model, images, text, selection)
             if strangers := _strangers(captions):
                 parts["stranger"] = [captions[other] for other in strangers]

@@ -159,7 +159,8 @@ class PretrainConfig(TrainConfig):
     `itc_schedule` is that of `kernels.fused_itc_loss`: `gather` holds all captions' features, `ring` those of one rank
     at a time. `freeze` names encoders that stay as they are (LiT, arXiv 2111.07991, freezes `vision`). `layer_decay` is
     the factor on the learning rate from each layer of an encoder to the one below. `ema` keeps an average of the
-    weights, exported as `model_ema`; the value is its decay.
+    weights, exported as `model_ema`; the value is its decay. The image encoder of that average is what
+    `model.loss.tgmim_kind` `ema_features` predicts the features of.
     """
 
     region_batch: int = 0
@@ -224,6 +225,10 @@ class RunConfig(Section):
         text, name = self.model.text, self.data.tokenizer
         wrong = f"data.tokenizer: '{name}', a {text.kind} text encoder needs {kinds[text.kind][0]} or a file"
         require(name in kinds[text.kind] or name not in sum(kinds.values(), ()), wrong)
+        if self.model.predicts_features:
+            kind = "model.loss.tgmim_kind: 'ema_features' predicts what an image encoder of averaged weights sees"
+            require(self.train.ema is not None, f"{kind}; train.ema=0.999 keeps the average")
+            require("vision" not in self.train.freeze, f"{kind}; with train.freeze=vision there is none")
 
 
 def require_batch(train: TrainConfig, source: str, samples: int, world: int) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import gather_patches
 from sycoca.generate import generate_from
+from sycoca.losses import feature_targets
 from sycoca.masking import select_at_random
 from sycoca.vision import patchify
 from sycoca.visualize import has_scores, restore_patches
@@ -57,7 +59,8 @@ def evaluate(
         Plain data, ready for JSON:
         `retrieval.pairs` (first captions) and `retrieval.captions` (all of them, a hit if any is in the top k):
         recalls and their chance; `captioning`: nats per token with the true image and with a stranger's, and captions
-        written beside the true ones; `tgmim`: L1 of the masked pixels, normalised, against plain colours;
+        written beside the true ones; `tgmim`: L1 of the masked pixels, normalised, against plain colours, or L1 of
+        masked features against the model's own of the full image;
         `selection`: share of the described area inside the selected patches, AUC of the scores; `grounding` and
         `matching` as of `train.evaluation_regions.judge`; `seconds`.
 
@@ -142,7 +145,9 @@ def _selection(sums: _Sums, model: Any, images: Any, texts: Any, batch: Pairs) -
     selection = model.select(images, texts) if has_scores(config) else None
     if config.num_masked:
         masks = selection if _masks_by_score(config) else select_at_random(batch.indices, config)
-        _tgmim(sums, model, texts, strangers, masks, batch.images, sound)
+        errors = _feature_errors if config.predicts_features else _pixel_errors
+        for name, error in errors(model, images, texts, strangers, masks, batch.images).items():
+            sums.add(name, error, sound)
     if not has_scores(config):
         return
     other = model.select(images, strangers)
@@ -171,7 +176,20 @@ def _masks_by_score(config: Any) -> bool:
     return config.num_masked > 0 and config.masking.mask_by == "score" and has_scores(config)
 
 
-def _tgmim(sums: _Sums, model: Any, texts: Any, strangers: Any, selection: Any, images: Tensor, sound: Tensor) -> None:
+def _feature_errors(
+    model: Any, encoded: Any, texts: Any, strangers: Any, selection: Any, images: Tensor
+) -> dict[str, Tensor]:
+    """L1 (B,) of the features that TG-MIM predicts, in units of each patch, under both captions."""
+    target = gather_patches(feature_targets(encoded.patches), selection.masked)
+    said = {"l1": texts, "l1_shuffled": strangers}
+    found = {name: model.reconstruct(images, text, selection).float() for name, text in said.items()}
+    return {name: (predicted - target).abs().mean((1, 2)) for name, predicted in found.items()}
+
+
+def _pixel_errors(
+    model: Any, encoded: Any, texts: Any, strangers: Any, selection: Any, images: Tensor
+) -> dict[str, Tensor]:
+    """L1 (B,) of the pixels that TG-MIM predicts under both captions, and of plain colours."""
     patches = patchify(images, model.config.vision.patch_size)
     index = selection.masked[:, :, None].expand(-1, -1, patches.shape[2])
     target = patches.gather(1, index)  # (B, K, p * p * 3)
@@ -183,13 +201,13 @@ def _tgmim(sums: _Sums, model: Any, texts: Any, strangers: Any, selection: Any, 
     visible = selection.visible[:, :, None, None].expand(-1, -1, *colours.shape[2:])
     median = colours.flatten(1, 2).median(1).values
     mean = colours.gather(1, visible).mean((1, 2))
-    for name, guess in (
-        ("l1", predicted),
-        ("l1_shuffled", misled),
-        ("l1_median_colour", _plain(median, target)),
-        ("l1_visible_mean_colour", _plain(mean, target)),
-    ):
-        sums.add(name, (guess - target).abs().mean((1, 2)), sound)
+    guesses = {
+        "l1": predicted,
+        "l1_shuffled": misled,
+        "l1_median_colour": _plain(median, target),
+        "l1_visible_mean_colour": _plain(mean, target),
+    }
+    return {name: (guess - target).abs().mean((1, 2)) for name, guess in guesses.items()}
 
 
 def _plain(colour: Tensor, like: Tensor) -> Tensor:
@@ -229,8 +247,8 @@ def _captioning_figures(means: dict, written: list[dict]) -> dict:
 
 
 def _tgmim_figures(means: dict, config: Any) -> dict:
-    # Predictions in units of the hidden patch are no rival to a colour that does not know it.
-    fair = config.loss.tgmim_kind != "mse_normalised"
+    # Features are no colours; predictions in units of the hidden patch are no rival to a colour that does not know it.
+    fair = config.loss.tgmim_kind in ("l1", "mse")
     return {
         "l1": means["l1"],
         "l1_shuffled": means["l1_shuffled"],

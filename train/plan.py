@@ -95,6 +95,8 @@ def collectives(
         found.append(Collective("gradients", "all_reduce", parameters * value_bytes, times))
         if stage:
             found.append(Collective("weights", "all_gather", parameters * 4))
+    if stage and config.predicts_features:
+        found.append(Collective("averaged image encoder", "all_reduce", image_parameters(config) * 4))
     if config.learns("itc"):
         B, E = batch.total, config.embed_dim
         found.append(Collective("captions' features", "all_gather", B * E * value_bytes))
@@ -121,6 +123,9 @@ def memory(
         "weights in bf16": 2 * parameters if value_bytes == 2 else 0.0,
         "activations": cost.kept_bytes * batch.micro,
     }
+    if config.predicts_features:
+        held["average of the weights"] = 4 * parameters * (share if stage else 1)
+        held["averaged image encoder"] = 4 * image_parameters(config)
     local = batch.micro * batch.parts
     if config.learns("itc"):
         # Features of both sides and their gradients, and the captions of all ranks.
@@ -139,6 +144,8 @@ def times(
     if batch.parts > 1 and config.learns("itc"):
         found["first pass"] = local * cost.encoder_flops / rate
     found["forward and backward"] = 3 * local * cost.forward_flops / rate
+    if cost.target_flops:
+        found["targets"] = local * cost.target_flops / rate
     if config.learns("itc"):
         # Logits twice, two products more.
         found["contrastive products"] = 8 * local * batch.total * config.embed_dim / rate
@@ -194,10 +201,15 @@ def plan(preset: str, total: int, cluster: Cluster, *, micro: int | None, stage:
 
 def encoder_parameters(config: ModelConfig) -> int:
     """Weights of the matrices of both encoders and their tables; norms and biases are left out."""
-    vision, text = config.vision, config.text
-    image = vision.depth * vision.width**2 * (4 + 2 * vision.mlp_ratio) + vision.patch_values * vision.width
+    text = config.text
     words = text.depth * text.width**2 * (4 + 2 * text.mlp_ratio) + text.vocab_size * text.width
-    return int(image + words)
+    return image_parameters(config) + int(words)
+
+
+def image_parameters(config: ModelConfig) -> int:
+    """As `encoder_parameters`, of the image encoder alone."""
+    vision = config.vision
+    return int(vision.depth * vision.width**2 * (4 + 2 * vision.mlp_ratio) + vision.patch_values * vision.width)
 
 
 def lines(found: dict[str, Any]) -> list[str]:

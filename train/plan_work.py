@@ -47,17 +47,19 @@ class Work(NamedTuple):
 
     Attributes:
         encoder_flops: of the forward pass of both encoders, which the first of two passes repeats.
-        forward_flops: of the whole forward pass.
+        forward_flops: of the whole forward pass, without the targets.
         kept_bytes: what backward needs of it.
+        target_flops: of the averaged image encoder, where TG-MIM predicts its features.
     """
 
     encoder_flops: float
     forward_flops: float
     kept_bytes: float
+    target_flops: float = 0.0
 
 
 def work(config: ModelConfig, value_bytes: int) -> Work:
-    """The cost of a pair, averaged over a run's steps with and without masked captioning.
+    """The cost of a pair, averaged over a run's steps with and without masked captioning and TG-MIM.
 
     Args:
         config: of the model, [CLS] without a pooler.
@@ -67,9 +69,9 @@ def work(config: ModelConfig, value_bytes: int) -> Work:
     P, T, D, E = vision.num_patches, text.context_length, text.width, config.embed_dim
     image = Layer(vision.depth, P + 1, vision.width, int(vision.width * vision.mlp_ratio))
     words = Layer(text.depth, T + 1, D, int(D * text.mlp_ratio))
-    encoder = image.flops() + words.flops() + 2 * P * vision.patch_values * vision.width
-    encoder += 2 * E * (config.memory_width + D)
-    layers, rest = [image, words], 0.0
+    patches = image.flops() + 2 * P * vision.patch_values * vision.width
+    encoder = patches + words.flops() + 2 * E * (config.memory_width + D)
+    layers, second, rest, target = [image, words], [], 0.0, 0.0
     if config.learns("ic"):
         decoder = config.caption_decoder
         hidden = int(D * decoder.mlp_ratio)
@@ -81,15 +83,20 @@ def work(config: ModelConfig, value_bytes: int) -> Work:
     if config.num_masked:
         decoder, K = config.image_decoder, config.num_masked
         rows = P - K if masking.masked_input == "drop" else P
-        layers += [Layer(vision.depth, rows + 1, vision.width, image.hidden)]
+        second += [Layer(vision.depth, rows + 1, vision.width, image.hidden)]
         hidden = int(decoder.width * decoder.mlp_ratio)
         # Only the masked patches ask in the last layer.
         for times, asking in ((decoder.depth - 1, P), (1, K)):
-            layers += [Layer(times, asking, decoder.width, 0, P, decoder.width)]
-            layers += [Layer(times, asking, decoder.width, hidden, T, D)]
-        rest += 2 * rows * vision.width * decoder.width + 2 * K * decoder.width * vision.patch_values
+            second += [Layer(times, asking, decoder.width, 0, P, decoder.width)]
+            second += [Layer(times, asking, decoder.width, hidden, T, D)]
+        share = 1 - masking.tgmim_start
+        values = vision.width if config.predicts_features else vision.patch_values
+        rest += share * 2 * decoder.width * (rows * vision.width + K * values)
+        rest += share * sum(layer.flops() for layer in second)
+        target = share * patches if config.predicts_features else 0.0
     if config.local_weight > 0:
         dim = masking.local_dim
         rest += 2 * dim * (P * vision.width + T * D) + 2 * masking.local_group * P * T * dim
     forward = encoder + rest + sum(layer.flops() for layer in layers[2:])
-    return Work(encoder, forward, sum(layer.kept_bytes(value_bytes, config.recompute) for layer in layers))
+    kept = sum(layer.kept_bytes(value_bytes, config.recompute) for layer in layers + second)
+    return Work(encoder, forward, kept, target)

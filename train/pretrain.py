@@ -48,6 +48,7 @@ def pretrain(launch: Launch) -> None:
     from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
     from train.param_groups import pretraining_groups
     from train.signals import StopRequest
+    from train.target import TargetEncoder
     from train.together import together
     from train.two_pass import take_step
 
@@ -79,6 +80,9 @@ def pretrain(launch: Launch) -> None:
     digest = tokenizer_digest(run_dir)
     if chosen and resume(engine, run_dir, chosen, tokenizer=digest, trusted=launch.trusted):
         carry_over(engine, run_dir / "checkpoints" / tag(chosen.step), config, trusted=launch.trusted)
+    target = TargetEncoder(engine, config.model, device) if config.model.predicts_features else None
+    if target is not None and train.compile:
+        compile_blocks(target.vision)
 
     heartbeat, control = Heartbeat(train.timeout_s), Control()
     skips, saver = Skips(engine), Saver(engine, run_dir, train, facts={"tokenizer": digest})
@@ -115,7 +119,7 @@ def pretrain(launch: Launch) -> None:
             with heartbeat.alone("no data has come"):
                 parts, places = zip(*itertools.islice(batches, train.accumulation), strict=True)
             waited = time.perf_counter() - asked
-            taken = take_step(engine, parts, plan, spread, device)
+            taken = take_step(engine, parts, plan, spread, device, target)
             timing = Timing(waited, time.perf_counter() - started, train.global_batch)
             line = skips.after(step + 1, places, taken.own)
             scalars = {"lr": lr, "grad_norm": engine.get_global_grad_norm(), "skipped": skips.total}

@@ -21,6 +21,7 @@ from sycoca.masking import StepPlan
 from sycoca.model import Batch
 from sycoca.two_pass import first_pass
 from sycoca.xvlm import XBatch
+from train.target import TargetEncoder
 
 
 class Taken(NamedTuple):
@@ -36,7 +37,12 @@ class Taken(NamedTuple):
 
 
 def take_step(
-    engine: Any, parts: Sequence[Batch | XBatch], plan: StepPlan, spread: Spread, device: torch.device
+    engine: Any,
+    parts: Sequence[Batch | XBatch],
+    plan: StepPlan,
+    spread: Spread,
+    device: torch.device,
+    target: TargetEncoder | None = None,
 ) -> Taken:
     """Trains on this rank's share of a global batch. All ranks call it, with equally many parts.
 
@@ -46,16 +52,21 @@ def take_step(
         plan: from `step_plan`.
         spread: of the whole batch over the ranks.
         device: of the model.
+        target: of a model that predicts features; None for another one.
     """
     load = partial(to_device, device=device)
+    whole = load
+    if target is not None and plan.reconstruct:
+        target.refresh()
+        whole = partial(_aimed, device=device, target=target)
     if len(parts) == 1:
-        losses = engine(load(parts[0]), plan, spread.group, spread.shares, schedule=spread.schedule)
+        losses = engine(whole(parts[0]), plan, spread.group, spread.shares, schedule=spread.schedule)
         values = _descend(engine, losses)
         return Taken(values, [values])
     with autocast_if_enabled(engine):
         known = first_pass(engine.module, parts, spread, load)
     values = [
-        _descend(engine, part.losses(engine, load(batch), plan)) for part, batch in zip(known, parts, strict=True)
+        _descend(engine, part.losses(engine, whole(batch), plan)) for part, batch in zip(known, parts, strict=True)
     ]
     return Taken(torch.stack(values).mean(0), [_own(value) for value in values])
 
@@ -77,6 +88,10 @@ def to_device(batch: Batch | XBatch, device: torch.device) -> Batch | XBatch:
     moved = batch._make(parts)
     images = getattr(moved, "images", None)
     return moved if images is None or images.dtype != torch.uint8 else moved._replace(images=normalise(images))
+
+
+def _aimed(batch: Batch | XBatch, device: torch.device, target: TargetEncoder) -> Batch | XBatch:
+    return target.aim(to_device(batch, device))
 
 
 def _moved(x: Any, device: torch.device) -> Any:

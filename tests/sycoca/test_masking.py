@@ -145,9 +145,16 @@ def test_plan_starts_attentive_and_masks_captioning_on_its_share():
 
 def test_plan_of_a_model_without_masks():
     coca = micro(masking={"drop_ratio": 0.0}, loss={"tgmim_weight": 0.0})
-    assert step_plan(coca, 3, 4, seed=0) == (False, False)
+    assert step_plan(coca, 3, 4, seed=0) == (False, False, False)
     tgmim_only = micro(masking={"drop_ratio": 0.0})
-    assert step_plan(tgmim_only, 3, 4, seed=0) == (True, False)
+    assert step_plan(tgmim_only, 3, 4, seed=0) == (True, False, True)
+
+
+def test_plan_leaves_tgmim_out_until_its_start():
+    config = micro(masking={"tgmim_start": 0.3, "attentive_start": 0.6})
+    plans = [step_plan(config, step, 10, seed=0) for step in range(10)]
+    assert [plan.reconstruct for plan in plans] == [step >= 3 for step in range(10)]
+    assert [plan.attentive for plan in plans] == [step >= 6 for step in range(10)]
 
 
 def test_the_oracle_takes_described_patches_first_and_draws_among_equals():

@@ -104,6 +104,12 @@ def test_a_perfect_model_of_normalised_patches_restores_the_picture(tokenizer, p
         assert np.abs(view.rebuilt.astype(int) - view.image).max() <= 1
 
 
+def test_predicted_features_are_no_picture(tokenizer, pictures):
+    views = look(replace(CONFIG, loss=replace(CONFIG.loss, tgmim_kind="ema_features")), tokenizer, pictures)
+    assert all(view.rebuilt is None and view.stranger is None and view.masked.sum() == 8 for view in views)
+    assert not any("rebuilt" in title for title in titles(views))
+
+
 def titles(views):
     return [axes.get_title() for axes in overlay_figure(views).axes if axes.get_title()]
 

@@ -318,6 +318,23 @@ def test_normalised_predictions_have_no_rival_colour(scenes, tokenizer):
     assert tgmim["l1_median_colour"] is tgmim["l1_visible_mean_colour"] is None
 
 
+def test_predicted_features_are_judged_by_the_models_own(scenes, tokenizer):
+    config = replace(CONFIG, loss=replace(CONFIG.loss, tgmim_kind="ema_features"))
+    model, batch = build(config), whole_batch(tokenizer, scenes)
+    figures = judge(model, tokenizer, scenes)
+    with torch.no_grad():
+        image, text = model.encode_image(batch.images), model.encode_text(batch.tokens)
+        masked = model.select(image, text).masked
+        predicted = model.reconstruct(batch.images, text, model.select(image, text))
+    deviation, mean = torch.std_mean(image.patches, dim=2, correction=0, keepdim=True)
+    target = torch.stack([row[index] for row, index in zip((image.patches - mean) / deviation, masked)])
+    tgmim = figures["tgmim"]
+    assert tgmim["l1"] == pytest.approx((predicted - target).abs().mean().item(), rel=1e-4)
+    assert tgmim["l1_shuffled"] != tgmim["l1"] and tgmim["gain"] is not None
+    assert tgmim["l1_median_colour"] is tgmim["l1_visible_mean_colour"] is None
+    assert summary_lines(figures)
+
+
 def test_a_diverged_model_has_no_figures_and_finds_nothing(scenes, tokenizer):
     model = build()
     with torch.no_grad():

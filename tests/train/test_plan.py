@@ -15,17 +15,17 @@ from sycoca import cpu_attention, fused_mlp
 from sycoca.model import Batch, StepPlan, SyCoCa
 from sycoca.packing import Packing
 from sycoca.presets import MODEL_PRESETS
-from train.plan import Cluster, Collective, batch_of, links, main, plan
+from train.plan import Cluster, Collective, batch_of, collectives, links, main, memory, plan, times
 from train.plan_work import work
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "plan.md"
 B = 4
 
 
-def config_of(preset="tiny", **masking):
+def config_of(preset="tiny", kind="l1", **masking):
     config = MODEL_PRESETS[preset]
     changed = replace(config.masking, attentive_start=0.0, ic_mask_prob=1.0, local_group=B, **masking)
-    return replace(config, masking=changed)
+    return replace(config, masking=changed, loss=replace(config.loss, tgmim_kind=kind))
 
 
 def full_batch(config):
@@ -34,12 +34,13 @@ def full_batch(config):
     tokens = torch.full((B, text.context_length), 7)
     tokens[:, 0], tokens[:, -1] = text.sot_id, text.eot_id
     images = torch.randn(B, 3, side, side, generator=torch.Generator().manual_seed(0))
-    return Batch(images, tokens, torch.arange(B), None)
+    targets = torch.zeros(B, config.vision.num_patches, config.vision.width)
+    return Batch(images, tokens, torch.arange(B), None, targets=targets)
 
 
-@pytest.mark.parametrize("masked_input", ["drop", "token"])
-def test_multiplications_are_those_that_torch_counts(masked_input):
-    config = config_of(masked_input=masked_input)
+@pytest.mark.parametrize(("masked_input", "kind"), [("drop", "l1"), ("token", "l1"), ("drop", "ema_features")])
+def test_multiplications_are_those_that_torch_counts(masked_input, kind):
+    config = config_of(masked_input=masked_input, kind=kind)
     # The captioning loss forms the gradients of what asks for them in its forward pass.
     model, batch = SyCoCa(config).requires_grad_(False), full_batch(config)
     with contextlib.ExitStack() as stack:
@@ -53,7 +54,16 @@ def test_multiplications_are_those_that_torch_counts(masked_input):
         with FlopCounterMode(display=False) as encoders:
             model.encode_text(batch.tokens)
             model.encode_image(batch.images)
+        with FlopCounterMode(display=False) as target:
+            model.vision(batch.images)
+        with FlopCounterMode(display=False) as without:
+            model(batch, StepPlan(True, True, reconstruct=False))
     cost = work(config, 4)
+    assert B * cost.target_flops == pytest.approx(target.get_total_flops() * (kind == "ema_features"), rel=0.01)
+    # A late start leaves TG-MIM out on its share of the steps.
+    late = work(config_of(masked_input=masked_input, kind=kind, tgmim_start=0.25), 4)
+    assert late.target_flops == 0.75 * cost.target_flops
+    assert without.get_total_flops() == pytest.approx(B * (4 * late.forward_flops - 3 * cost.forward_flops), rel=0.02)
     assert encoders.get_total_flops() == pytest.approx(B * cost.encoder_flops, rel=0.01)
     assert forward == pytest.approx(B * cost.forward_flops, rel=0.02)
 
@@ -75,6 +85,21 @@ def test_what_backward_keeps_is_what_is_saved_for_it(preset):
         model(batch, StepPlan(True, True))
     found = sum(size for size, _ in saved.values())
     assert found == pytest.approx(B * work(config, 4).kept_bytes, rel=0.25)
+
+
+def test_the_averaged_encoder_is_whole_on_every_rank():
+    pixels, features = config_of(), config_of(kind="ema_features")
+    cost, batch = work(features, 4), batch_of(64, 32, 2)
+    counted = sum(p.numel() for p in SyCoCa(features).vision.parameters() if p.ndim > 1)
+    for stage in range(4):
+        options = {"stage": stage, "value_bytes": 4}
+        before, after = (memory(1000, config, cost, batch, 2, **options) for config in (pixels, features))
+        added = {name: value for name, value in after.items() if name not in before}
+        assert added["averaged image encoder"] == pytest.approx(4 * counted, rel=0.02)
+        assert added["average of the weights"] == 4 * 1000 / (2 if stage else 1) and len(added) == 2
+        names = [one.name for one in collectives(1000, 500, features, batch, 2, **options)]
+        assert ("averaged image encoder" in names) == (stage > 0)
+    assert "targets" in times(cost, features, batch, Cluster(2), [])
 
 
 def test_bytes_stay_inside_a_machine_until_there_are_several():
