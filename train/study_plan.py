@@ -30,7 +30,12 @@ FOLDER = Path(__file__).parent / "plans"
 _KEYS = ("about", "base", "seeds", "minutes", "claims", "common", "rows")
 _SEED = "train.seed"
 # Keys that are younger than studies which have been run. At these values a run is the one that it was without them.
-_YOUNGER = {"model.masking.tgmim_start": 0.0}
+_YOUNGER = {
+    "model.masking.tgmim_start": 0.0,
+    "model.vision.swin": None,
+    "model.text.bert": None,
+    "pretrained": {"anew_rate": 2.0, "text": None, "vision": None},
+}
 
 
 class PlannedRun(NamedTuple):

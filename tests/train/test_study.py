@@ -176,6 +176,12 @@ def test_a_row_may_have_a_group_that_the_base_has_not(plan_of, tmp_path):
         assert message in str(caught.value)
 
 
+def test_runs_that_were_made_keep_their_keys():
+    """A key of the configuration that is added later would make every finished run a new one."""
+    first = read_plan("main").runs[0]
+    assert (first.row, first.seed, first.key) == ("CoCa", 0, "6cae1425154d")
+
+
 def test_a_wrong_plan_is_refused_before_torch():
     code = "import sys; from train import study; study.main(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "mian"], cwd=ROOT, capture_output=True, text=True, timeout=60)
