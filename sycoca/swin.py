@@ -36,7 +36,7 @@ class SwinTransformer(nn.Module):
         _fill_index(self.swin)
 
     def forward(self, images: Tensor) -> EncodedImage:
-        patches = self.swin(images).last_hidden_state
+        patches = self.swin(images.to(self.swin.dtype)).last_hidden_state
         return EncodedImage(patches.float().mean(1).to(patches.dtype), patches, None, None)
 
 

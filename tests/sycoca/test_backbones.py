@@ -225,6 +225,10 @@ def test_padding_and_company_do_not_matter(model, config):
         with torch.autocast("cpu", torch.bfloat16):
             rounded = model(batch, PLAN)
     assert rounded.total.item() == pytest.approx(exact.total.item(), rel=0.05)
+    with torch.no_grad():
+        images, tokens = batch.pairs.images, batch.pairs.tokens
+        found = [m.encode_image(images).features @ m.encode_text(tokens).features.T for m in (model, model.bfloat16())]
+    assert found[1].dtype == torch.float32 and torch.allclose(*found, atol=0.05)
 
 
 @pytest.mark.parametrize("how", ["gradient_checkpointing", "selective_checkpointing"])
