@@ -342,9 +342,8 @@ class ModelConfig(Strict):
         text, vision = self.text, self.vision
         for name in self.objectives:
             if name in _FUSED:
-                _require(
-                    self.fusion is not None, f"objectives: '{name}' needs the fusion encoder; model.fusion is none"
-                )
+                absent = f"objectives: '{name}' needs the fusion encoder; give fusion.depth and fusion.heads"
+                _require(self.fusion is not None, absent)
             elif name in ("ic", "tgmim"):
                 reason = "predicts the next word" if name == "ic" else "reads the words as captioning does"
                 _require(text.kind == "causal", f"objectives: '{name}' {reason}, which needs text.kind 'causal'")

@@ -61,7 +61,11 @@ def test_round_trip(name):
         ("objectives", ["itc", "itc"], "objectives: each may be named once"),
         ("objectives", [], "objectives: name at least one"),
         ("embed_dim", 0, "embed_dim: must be positive"),
-        ("objectives", ["itc", "itm"], "objectives: 'itm' needs the fusion encoder; model.fusion is none"),
+        (
+            "objectives",
+            ["itc", "itm"],
+            "objectives: 'itm' needs the fusion encoder; give fusion.depth and fusion.heads",
+        ),
         ("text.kind", "bidirectional", "objectives: 'ic' predicts the next word, which needs text.kind 'causal'"),
         ("text.kind", "bidirektional", "text.kind: 'bidirektional' is none of causal, bidirectional; did you mean"),
         ("text.mask_id", 512, "text.mask_id: 512 is outside the vocabulary"),
