@@ -11,6 +11,7 @@ Boxes are judged in the whole picture as a square, proportions not kept, as regi
 away what some phrases describe. Whole images and their captions are judged in the crop that retrieval takes.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -187,6 +188,7 @@ def _count_matches(
         counts.add(f"{side}_right", ((logits[:, 1] > logits[:, 0]) == same).sum())
 
 
+@lru_cache(maxsize=1)
 def _fixed_box(train: Any) -> Tensor | None:
     """The training box (4,) that most boxes of the first training images overlap by half."""
     samples = (sample for _, sample in readable(train, range(min(_FITTED, len(train)))))
