@@ -148,8 +148,7 @@ def _swin_state(name: str) -> dict[str, "Tensor"]:
     with _loading(name):
         from transformers import SwinModel
 
-        options = {"dtype": "float32", "output_loading_info": True}
-        found, told = SwinModel.from_pretrained(name, add_pooling_layer=False, **options)
+        found, told = SwinModel.from_pretrained(name, add_pooling_layer=False, **_how())
     _require_all(name, told["missing_keys"])
     return {f"vision.swin.{key}": tensor for key, tensor in found.state_dict().items()}
 
@@ -158,7 +157,7 @@ def _bert_state(name: str, config: ModelConfig) -> dict[str, "Tensor"]:
     with _loading(name):
         from transformers import BertForMaskedLM
 
-        found, told = BertForMaskedLM.from_pretrained(name, dtype="float32", output_loading_info=True)
+        found, told = BertForMaskedLM.from_pretrained(name, **_how())
     head = {key for key in told["missing_keys"] if key.startswith("cls.")}
     _require_all(name, set(told["missing_keys"]) - head)
     first, learns_words = config.text.depth, config.learns("mlm") and not head
@@ -181,6 +180,12 @@ def _bert_state(name: str, config: ModelConfig) -> dict[str, "Tensor"]:
                 rest = rest.removeprefix("predictions.transform.")
                 state[f"word_head.{rest.replace('LayerNorm', 'norm')}"] = tensor
     return state
+
+
+def _how() -> dict[str, Any]:
+    from sycoca.hub_file import reachable
+
+    return {"dtype": "float32", "output_loading_info": True, "local_files_only": not reachable()}
 
 
 def _require_all(name: str, missing: Collection[str]) -> None:
@@ -255,11 +260,12 @@ def _file(name: str, file: str) -> Path:
     if not _REPOSITORY.fullmatch(name) or folder.parent.is_dir():
         known = [str(other) for other in folder.parent.glob("*/")] if folder.parent.is_dir() else []
         raise ConfigError(f"{name}: no such folder{nearest(name, known)}")
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    from sycoca.hub_file import download
+
     try:
-        return Path(hf_hub_download(name, file))
+        return Path(download(name, file))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ConfigError(f"{name}: no such folder, and not to be had from the hub ({_told(error)})") from None
 

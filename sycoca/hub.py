@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from sycoca.checked import from_dict, nearest, to_dict
 from sycoca.config import ConfigError, ModelConfig
+from sycoca.hub_file import download
 from sycoca.hub_mixin import (
     CONFIG,
     PREPROCESSING,
@@ -183,10 +183,10 @@ def _downloaded(repository: str, revision: str | None) -> Path:
     """The folder of a repository of the hub, in the cache of huggingface_hub."""
     try:
         try:
-            path = hf_hub_download(repository, OPENCLIP_CONFIG, revision=revision)
+            path = download(repository, OPENCLIP_CONFIG, revision=revision)
         except EntryNotFoundError:
             for name in (CONFIG, TOKENIZER, PREPROCESSING, WEIGHTS):
-                path = hf_hub_download(repository, name, revision=revision)
+                path = download(repository, name, revision=revision)
         else:
             _download_first(repository, OPENCLIP_WEIGHTS, revision)
     except (HfHubHTTPError, OSError, ValueError) as error:
@@ -199,7 +199,7 @@ def _download_first(repository: str, names: tuple[str, ...], revision: str | Non
     """The first of the files that the repository has."""
     for name in names:
         try:
-            hf_hub_download(repository, name, revision=revision)
+            download(repository, name, revision=revision)
         except EntryNotFoundError:
             if name == names[-1]:
                 raise

@@ -191,6 +191,8 @@ class PretrainedConfig(Section):
 
     def __post_init__(self) -> None:
         _finite(self, "anew_rate")
+        for name in ("vision", "text"):
+            require(getattr(self, name) != "", f"{name}: names a folder or a repository of the hub, not nothing")
 
     @property
     def any(self) -> bool:

@@ -6,6 +6,7 @@ from sycoca.backbones import begins_given
 from sycoca.config import ModelConfig
 from sycoca.model import SyCoCa, parameter_groups
 from train.config import RunConfig
+from train.drops import stop_drops
 from train.optim import by_layer
 
 _BLOCK = re.compile(r"(?:swin\.encoder\.layers\.(\d+)\.)?(?:blocks\.(\d+)\.|downsample\.)")
@@ -26,7 +27,8 @@ def pretraining_groups(model: SyCoCa, config: RunConfig) -> list[dict]:
     """
     train = config.train
     for name in train.freeze:
-        getattr(model, name).requires_grad_(False)
+        encoder = getattr(model, name).requires_grad_(False)
+        stop_drops(encoder)
     groups = parameter_groups(model, config.optimizer.weight_decay)
     for group in groups:
         group["params"] = [p for p in group["params"] if p.requires_grad]

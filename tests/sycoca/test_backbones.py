@@ -1,16 +1,20 @@
 """transformers' Swin and BERT in X-VLM: what they compute, published weights, and what is refused."""
 
 import json
+import socket
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import tokenizers
 import torch
 from tokenizers import models, pre_tokenizers, processors
 from torch import Tensor
 
+from sycoca import hub_file
 from sycoca.backbones import begins_given, like_bert, like_swin, load_backbones
 from sycoca.config import BertConfig, ConfigError, ModelConfig, SwinConfig
 from sycoca.hub import create_model, load_pretrained
@@ -19,6 +23,7 @@ from sycoca.mlm import mask_words
 from sycoca.presets import MODEL_PRESETS, PRESET_PARAMETERS
 from sycoca.regions import areas, cells, whole
 from sycoca.tokenizer import Tokenizer
+from sycoca.weights import WeightsError
 from sycoca.xvlm import XVLM, build_model
 from tests.sycoca.micro import gradients
 from tests.sycoca.micro_xvlm import CONTINUES, MICRO_XVLM, pairs, step, texts
@@ -327,6 +332,22 @@ def test_rates_of_what_begins_anew_and_of_lower_layers(published, config):
     assert decays[f"{swin}.0.blocks.0.attention.relative_position_bias.relative_position_bias_table"] == 0
 
 
+def test_frozen_encoders_leave_nothing_out(published, config):
+    noisy = replace(
+        config,
+        vision=replace(config.vision, swin=replace(config.vision.swin, drop_path=0.5)),
+        text=replace(config.text, bert=replace(config.text.bert, dropout=0.5)),
+    )
+    model, base = build_model(noisy), PRESETS["xvlm_swin_base"]
+    tokens, images = words([7, 3]), pairs([1, 1]).images
+    for frozen in (False, True):
+        if frozen:
+            pretraining_groups(model, replace(base, model=noisy, train=replace(base.train, freeze=("vision", "text"))))
+        for encode, given in ((model.vision, images), (model.text, tokens)):
+            first, again = encode(given).cls, encode(given).cls
+            assert torch.equal(first, again) == (not first.requires_grad) == frozen
+
+
 COMMAND = ["--config", "ds_zero2.json", "--preset", "xvlm_tiny", "--print-config"]
 
 
@@ -356,6 +377,7 @@ def test_a_run_takes_sizes_and_vocabulary(published, capsys):
         (["pretrained.text={bert}", "--init={swin}"], "swin of transformers; pretrained.vision={swin} takes it"),
         (["pretrained.text={bert}", "context_length=31"], "={bert}: context_length: 31, text.bert has 30 positions"),
         (["pretrained.vision={swin}", "image_size=8"], "={swin}: swin.window: 3, the last grid has 2 x 2 cells"),
+        (["pretrained.vision="], "pretrained.vision: names a folder or a repository of the hub, not nothing"),
         (["pretrained.visoin={swin}"], "pretrained.visoin: unknown key; did you mean 'pretrained.vision'?"),
         (["pretrained.vision={swin}", "anew_rate=0"], "pretrained.anew_rate: 0.0, needs to be above 0 and finite"),
         (["pretrained.vision={swin}", "train.compile=true"], "train.compile: true, but blocks of transformers"),
@@ -373,6 +395,40 @@ def test_a_whole_model_brings_its_own_encoders(published):
     given = PretrainedConfig(text=str(published["bert"]))
     with pytest.raises(ConfigError, match=r"pretrained\.text: --init runs/tiny brings its own encoders"):
         replace(PRESETS["xvlm_tiny"], init="runs/tiny", pretrained=given)
+
+
+def test_without_a_network_one_line_at_once(monkeypatch):
+    def unknown(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    for name in hub_file._PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(hub_file, "reachable", hub_file.reachable.__wrapped__)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits for the network"))
+    line = (
+        "nobody/bert: no such folder, and not to be had from the hub (huggingface.co cannot be reached, and config.json"
+    )
+    with pytest.raises(ConfigError) as refused:
+        like_bert(MICRO_XVLM, "nobody/bert")
+    assert str(refused.value).startswith(line) and "\n" not in str(refused.value)
+    with pytest.raises(WeightsError) as refused:
+        load_pretrained("nobody/bert")
+    assert str(refused.value).startswith(line)
+
+
+def test_with_a_network_the_hub_is_asked(monkeypatch, published):
+    asked = []
+
+    def download(repository, name, *, revision, local_files_only):
+        asked.append((repository, name, local_files_only))
+        return str(published["swin"] / name)
+
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:1")
+    monkeypatch.setattr(hub_file, "reachable", hub_file.reachable.__wrapped__)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert like_swin(MICRO_XVLM.vision, "somebody/swin").swin.window == 3
+    assert asked == [("somebody/swin", "config.json", False)]
 
 
 def test_weights_that_do_not_fit_are_refused_in_one_line(published, config, tmp_path):

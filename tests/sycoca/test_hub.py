@@ -182,14 +182,14 @@ def test_a_name_on_the_hub_is_downloaded(written, monkeypatch):
         asked.append((repo, name))
         return str(written[1] / name)
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "download", download)
     assert load_pretrained("nobody/model").config == written[0].config
     assert {repo for repo, _ in asked} == {"nobody/model"} and {name for _, name in asked} == FILES - {"README.md"}
 
     def refuse(*_, **__):
         raise OSError("no network\nat all")
 
-    monkeypatch.setattr(hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(hub, "download", refuse)
     with pytest.raises(WeightsError, match="no network") as refused:
         load_pretrained("nobody/model")
     assert "\n" not in str(refused.value)

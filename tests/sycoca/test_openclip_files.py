@@ -61,7 +61,7 @@ def test_a_repository_of_the_hub(theirs, written, monkeypatch):
             raise EntryNotFoundError("404")
         return str(written / name)
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "download", download)
     assert_equal_outputs(theirs, load_pretrained("nobody/coca").model)
 
 
