@@ -46,6 +46,22 @@ def test_rooms_import_only_what_lies_below(room):
                 assert room in LIMITED[top], f"{path.relative_to(ROOT)} imports {name}"
 
 
+def test_transformers_is_imported_where_it_is_wrapped_and_by_nothing_that_runs_without_it():
+    wrapped = {"swin.py": True, "bert.py": True, "backbones.py": False}
+    for room in ("kernels", "sycoca", "train", "bench"):
+        for path in sources(room):
+            if not any(name.split(".")[0] == "transformers" for name in imports(path)):
+                continue
+            assert room == "sycoca" and path.name in wrapped, path.relative_to(ROOT)
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            first = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+            assert wrapped[path.name] == any("transformers" in ast.unparse(node) for node in first), path.name
+    for path in sources("sycoca"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        first = " ".join(ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom))
+        assert not re.search(r"sycoca\.(swin|bert)\b", first), path.name
+
+
 def test_models_use_only_public_names_of_kernels():
     public = ast.parse((ROOT / "kernels" / "__init__.py").read_text(encoding="utf-8"))
     names = {
