@@ -1,6 +1,7 @@
 """transformers' Swin and BERT in X-VLM: what they compute, published weights, and what is refused."""
 
 import json
+import shutil
 import socket
 import sys
 import time
@@ -11,6 +12,7 @@ import huggingface_hub
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import models, pre_tokenizers, processors
 from torch import Tensor
 
@@ -284,6 +286,23 @@ def test_a_bert_without_a_head(published, config):
     assert {"word_head", "vision", "text"} <= set(anew)
     bert = transformers.AutoModel.from_pretrained(published["headless"])
     assert torch.equal(model.text.sequence.tokens.weight, bert.embeddings.word_embeddings.weight)
+
+
+def test_the_oldest_names_of_weights_are_known(published, model, config, tmp_path):
+    """As bert-base-uncased has them: norms with gamma and beta, and a head for the next sentence."""
+    shutil.copytree(published["bert"], tmp_path, dirs_exist_ok=True)
+    state = load_file(tmp_path / "model.safetensors")
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for name in [name for name in state if "LayerNorm" in name]:
+        ending = ".".join(name.split(".")[-2:])
+        state[name.removesuffix(ending) + old[ending]] = state.pop(name)
+    state["cls.seq_relationship.weight"] = torch.zeros(2, 20)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = build_model(config)
+    load_backbones(again, vision=str(published["swin"]), text=str(tmp_path))
+    found, expected = again.state_dict(), model.state_dict()
+    given = [name for name in expected if begins_given(name, vision=True, text=True)]
+    assert len(given) > 100 and all(torch.equal(found[name], expected[name]) for name in given)
 
 
 def test_the_published_model_has_216_million_parameters():
