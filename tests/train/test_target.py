@@ -32,11 +32,12 @@ DECAY = 0.28
 
 
 class Case(NamedTuple):
-    """ZeRO stage, parts of a step, and whether the model is in bf16."""
+    """ZeRO stage, parts of a step, whether the model is in bf16 and the optimizer's states are offloaded."""
 
     stage: int
     parts: int
     bf16: bool = False
+    offload: bool = False
 
 
 def average_of(history: list[dict], step: int) -> dict:
@@ -86,12 +87,15 @@ def trained(deepspeed, rank: int, world: int, case: Case):
     optimizer = build_optimizer(parameter_groups(model, OPTIMIZER.weight_decay), OPTIMIZER)
     keep_average(optimizer, DECAY)
     share = len(LENGTHS) // world
+    offload = {"offload_optimizer": {"device": "cpu"}} if case.offload else {}
     config = {
         "train_micro_batch_size_per_gpu": share // case.parts,
         "gradient_accumulation_steps": case.parts,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": case.stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": case.stage, "stage3_param_persistence_threshold": 0, **offload},
         "bf16": {"enabled": case.bf16},
+        # As a run has it: the optimizer is the project's own.
+        "zero_force_ds_cpu_optimizer": False,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     before, device = torch.get_rng_state(), torch.device("cpu")
@@ -131,6 +135,7 @@ def on_a_cpu(monkeypatch):
         (2, [Case(2, 1), Case(3, 1)]),
         pytest.param(1, [Case(2, 2), Case(3, 2)], marks=pytest.mark.full),
         pytest.param(2, [Case(0, 1), Case(1, 2), Case(2, 1, True), Case(3, 1, True)], marks=pytest.mark.full),
+        pytest.param(2, [Case(2, 2, offload=True), Case(3, 1, offload=True)], marks=pytest.mark.full),
     ],
 )
 def test_every_stage_takes_the_steps_and_averages_of_one_process(world, cases):
