@@ -58,7 +58,9 @@ class Inputs(NamedTuple):
         config = self.launch.config.model
         if batch is None or not config.learns("mlm"):
             return None
-        return mask_words(batch.tokens, batch.seeds, self.tokenizer.continues(), config.text, config.words)
+        masked = mask_words(batch.tokens, batch.seeds, self.tokenizer.continues(), config.text, config.words)
+        most = max(1, int((masked.labels >= 0).sum(1).max()))
+        return MaskedWords(masked.tokens, *(part[:, :most].contiguous() for part in masked[1:]))
 
     def _regions(self, first: int) -> Iterator[RegionBatch | None]:
         """This rank's texts with boxes, from the global batch number `first` on; None where a step has none."""
