@@ -33,7 +33,7 @@ test-runs: $(VENV)/.ready
 test-faults: $(VENV)/.ready
 	python -m pytest tests/runs/test_faults.py tests/runs/test_faults_tuning.py tests/runs/test_disks.py \
 	  tests/runs/test_signals.py tests/runs/test_kills.py tests/runs/test_options.py tests/runs/test_two_hosts.py \
-	  tests/train/test_durable.py
+	  tests/runs/test_target.py tests/train/test_durable.py
 
 test-full: $(VENV)/.ready $(VENV)/.triton
 	$(PIP) install --no-deps -c constraints.txt pycocoevalcap
