@@ -122,6 +122,8 @@ def open_clip_step(options, tokens, device):
         for name in ("torchvision", "torchvision.ops"):
             sys.modules[name] = types.ModuleType(name)
         sys.modules[misc.__name__] = misc
+        # It would look for a torchvision that it could use.
+        sys.modules["transformers"] = None
     from open_clip.coca_model import CoCa
     from open_clip.loss import CoCaLoss
 

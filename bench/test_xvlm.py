@@ -49,7 +49,7 @@ def test_hard_negatives_beside_the_published_loop(benchmark, found):
 
 
 def test_a_region_step_that_shares_its_work(benchmark):
-    """2.25 times as fast as with padded texts and a projection for every box where nothing disturbs it; bar 2."""
+    """Other work beside it takes from the factor of 2 that a quiet machine shows."""
     calls = xvlm_step.steps("xvlm_tiny", 128)
     losses = [call() for call in calls.values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

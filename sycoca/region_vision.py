@@ -3,8 +3,8 @@
 local   the last blocks run on whole images, and on each box alone: [CLS] and the patches in it see one another only
 pooled  whole images alone; a box is the mean of its patches, and its text sees those beside that mean
 
-A box of all patches is the image itself, and is not encoded again. Image tokens come out as rows of one table; what an
-image or a box consists of is an index into it.
+A box of all patches is the image itself, and on a CPU is not encoded again. Image tokens come out as rows of one table;
+what an image or a box consists of is an index into it.
 """
 
 from typing import NamedTuple

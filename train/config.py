@@ -222,6 +222,9 @@ class RunConfig(Section):
         require(not (theirs and self.train.compile), slow)
         boxes, asked = self.train.region_batch, self.model.learns("bbox")
         require(boxes > 0 or not asked, "train.region_batch: 0, the objective 'bbox' needs texts with boxes")
+        captions = self.data.max_regions == 1 and self.data.whole_share == 1
+        alone = "data.max_regions: 1 with data.whole_share 1 leaves captions alone, the objective 'bbox' needs boxes"
+        require(not (asked and boxes > 0 and captions), alone)
         require(boxes == 0 or self.model.fusion is not None, f"train.region_batch: {boxes}, boxes need model.fusion")
         kinds = {"causal": ("bpe", "clip"), "bidirectional": ("wordpiece",)}
         text, name = self.model.text, self.data.tokenizer

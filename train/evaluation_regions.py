@@ -4,8 +4,8 @@ Acc@0.5: share of the phrases whose box is found with an intersection over union
 predictors that do not know the phrase: one box for all images, the best of training boxes on training boxes; the
 model's own answer to another phrase of the same image; and the box of each image that most of its phrases have, which
 no predictor of one box per image can beat.
-ITM: share of right verdicts, matching and not matching pairs weighed alike, the latter drawn by the model itself as in
-training, among `_GROUP` images or boxes.
+ITM: share of right verdicts, matching and not matching pairs weighed alike, the latter drawn by the model itself among
+`_GROUP` images or boxes, hard ones: with the floor of the sampler, whatever that of training.
 
 Boxes are judged in the whole picture as a square, proportions not kept, as region batches show it: a crop would cut
 away what some phrases describe. Whole images and their captions are judged in the crop that retrieval takes.

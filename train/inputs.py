@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,12 +47,12 @@ class Inputs(NamedTuple):
         Samples that are left out are counted in `train.skipped`. Where a global batch comes in parts, its images are
         pictures (B, H, W, 3) uint8: all of them are held until the step is taken.
         """
-        pairs = self._pairs(first)
-        if self.launch.config.model.fusion is None:
-            yield from pairs
-            return
-        for (batch, place), regions in zip(pairs, self._regions(first)):
-            yield XBatch(batch, regions, self._masked(batch), self._masked(regions)), place
+        with closing(self._pairs(first)) as pairs, closing(self._regions(first)) as others:
+            if self.launch.config.model.fusion is None:
+                yield from pairs
+                return
+            for (batch, place), regions in zip(pairs, others):
+                yield XBatch(batch, regions, self._masked(batch), self._masked(regions)), place
 
     def _masked(self, batch: Batch | RegionBatch | None) -> MaskedWords | None:
         """The texts of a batch with hidden words, where the model learns them."""
@@ -85,9 +86,10 @@ class Inputs(NamedTuple):
         workers = config.data.workers
         loader = region_batches(source, self.tokenizer, **options, epoch=epoch, start=start, workers=workers)
         loader.skipped = self.train.skipped
-        for loaded in loader:
-            regions = loaded.regions
-            yield regions._replace(tokens=trim(regions.tokens, config.model.text.pad_id))
+        with closing(loader):
+            for loaded in loader:
+                regions = loaded.regions
+                yield regions._replace(tokens=trim(regions.tokens, config.model.text.pad_id))
 
     def _pairs(self, first: int) -> Iterator[tuple[Batch, Place]]:
         """This rank's pairs on the host."""
@@ -115,13 +117,14 @@ class Inputs(NamedTuple):
         )
         # Skips found while training belong beside those found while opening.
         loader.skipped = self.train.skipped
-        for loaded in loader:
-            tokens = trim(loaded.tokens, config.model.text.pad_id)
-            batch = Batch(loaded.images, tokens, loaded.seeds, loaded.ids, loaded.described)
-            # Only a stand-in for an unreadable image can bring the same sample twice, and scenes have none.
-            place = Place(loaded.epoch, loaded.index, loaded.keys)
-            distinct = self.train.fresh and not self.train.repeats
-            yield batch._replace(ids=None) if distinct else batch, place
+        with closing(loader):
+            for loaded in loader:
+                tokens = trim(loaded.tokens, config.model.text.pad_id)
+                batch = Batch(loaded.images, tokens, loaded.seeds, loaded.ids, loaded.described)
+                # Only a stand-in for an unreadable image can bring the same sample twice, and scenes have none.
+                place = Place(loaded.epoch, loaded.index, loaded.keys)
+                distinct = self.train.fresh and not self.train.repeats
+                yield batch._replace(ids=None) if distinct else batch, place
 
 
 def trim(tokens: Tensor, pad_id: int) -> Tensor:

@@ -3,6 +3,7 @@
 deepspeed train/pretrain.py --config ds_zero2.json
 """
 
+import contextlib
 import itertools
 import sys
 import time
@@ -106,9 +107,9 @@ def pretrain(launch: Launch) -> None:
         writes=rank == 0,
         **judging(launch, inputs, device, group),
     )
-    batches = inputs.batches(first_step)
     spread = Spread(group, [train.micro_batch * train.accumulation] * world, train.itc_schedule)
-    with heartbeat.guard():
+    # Workers that are left to themselves are waited for when the process ends.
+    with contextlib.closing(inputs.batches(first_step)) as batches, heartbeat.guard():
         for step in range(first_step, inputs.total_steps):
             started = time.perf_counter()
             plan = step_plan(config.model, step, inputs.total_steps, train.seed)

@@ -42,7 +42,7 @@ def losses_and_gradients(config, batch, group=None, shares=None):
     return [x.item() for x in losses], gradients(model)
 
 
-@pytest.mark.parametrize(("world", "form"), [(2, "local"), (4, "local"), (2, "pooled")])
+@pytest.mark.parametrize(("world", "form"), [(2, "local"), (4, "local"), (2, "pooled"), (4, "pooled")])
 def test_ranks_equal_one(monkeypatch, world, form):
     monkeypatch.setattr(sycoca.xvlm, "sample_hard_negatives", neighbours)
     config = micro_xvlm(vision={"region_form": form}, loss={"region_weight": 0.7})

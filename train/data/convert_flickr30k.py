@@ -86,10 +86,16 @@ def _line(folder: Path, split: str, name: str, found: Found, skipped: Skipped) -
             # Scenes and what is not to be seen have numbers and no box.
             if entity not in boxes:
                 continue
-            x0, y0, x1, y1 = (f(side) for f, side in zip((min, min, max, max), zip(*boxes[entity])))
-            elem = {"caption": words, "bb": [x0, y0, x1 - x0, y1 - y0], "caption_index": len(captions)}
-            if fits(elem, width, height, skipped, f"{name} {entity}"):
-                elems.append(elem)
+            elem, key = {"caption": words, "caption_index": len(captions)}, f"{name} {entity}"
+            # A fault would not be seen any more in the box about all of them.
+            sound = [
+                (x0, y0, x1, y1)
+                for x0, y0, x1, y1 in boxes[entity]
+                if fits(elem | {"bb": [x0, y0, x1 - x0, y1 - y0]}, width, height, skipped, key)
+            ]
+            if sound:
+                x0, y0, x1, y1 = (f(side) for f, side in zip((min, min, max, max), zip(*sound)))
+                elems.append(elem | {"bb": [x0, y0, x1 - x0, y1 - y0]})
         captions.append(caption)
     if not elems:
         skipped.sample(name, "image without a usable region")
