@@ -85,5 +85,6 @@ def _chance(line: Any, rows: list[dict], name: str) -> None:
         for kind in ("random", "chance")
         if f"{name}_{kind}" in row["equal_steps"]
     ]
-    if values:
+    # Rows that differ in it have no line in common.
+    if values and max(values) - min(values) < 0.01:
         line(sum(values) / len(values), color="grey", linestyle=":", linewidth=1)

@@ -63,7 +63,8 @@ def tabulate(plan: Plan, results: Mapping[str, dict[str, Any]]) -> dict[str, Any
         cheaper = min(both) if len(both) == 2 else None
         final = [_cells([run["final"] for run in found[row]]) for row in (better, worse)]
         even = [spent(row, cheaper) for row in (better, worse)]
-        compared = {"equal_steps": _compared(*final, measure), "equal_compute": _compared(*even, measure)}
+        seeds = len(plan.seeds)
+        compared = {"equal_steps": _compared(*final, measure, seeds), "equal_compute": _compared(*even, measure, seeds)}
         return {"better": better, "worse": worse, "measure": measure, **compared}
 
     def told(pair: tuple[str, str], measure: str) -> bool:
@@ -151,9 +152,12 @@ def _track(runs: Sequence[dict]) -> dict[str, list]:
     return track
 
 
-def _compared(first: Mapping[str, Any], second: Mapping[str, Any], measure: str) -> dict[str, Any]:
-    """Whether the first is better; a `difference` is positive where it is."""
-    found: dict[str, Any] = {"difference": None, "deviation": None, "verdict": ABSENT}
+def _compared(first: Mapping[str, Any], second: Mapping[str, Any], measure: str, seeds: int) -> dict[str, Any]:
+    """Whether the first is better; a `difference` is positive where it is.
+
+    `deviation` is that of two runs of any seeds, `by_seed` that of the differences of two runs of one seed.
+    """
+    found: dict[str, Any] = {"difference": None, "deviation": None, "by_seed": None, "verdict": ABSENT}
     if measure not in first or measure not in second:
         return found
     one, other = first[measure], second[measure]
@@ -162,6 +166,8 @@ def _compared(first: Mapping[str, Any], second: Mapping[str, Any], measure: str)
     if one["sd"] is None or other["sd"] is None:
         return found | {"verdict": ONE_SEED}
     found["deviation"] = deviation = math.hypot(one["sd"], other["sd"])
+    if len(one["values"]) == len(other["values"]) == seeds:
+        found["by_seed"] = statistics.stdev(a - b for a, b in zip(one["values"], other["values"]))
     return found | {"verdict": HOLDS if difference > deviation else AGAINST if difference < -deviation else OPEN}
 
 
@@ -199,7 +205,14 @@ def _main(table: Mapping[str, Any]) -> list[str]:
         return _mean([row["equal_steps"].get(name, {}).get("mean") for row in table["rows"]])
 
     random, best = beside("coverage_random"), beside("boxes_best")
-    coverage = "coverage" if random is None else f"coverage (random {random:.3f})"
+    # What chance covers is what is masked, which rows may differ in.
+    chances = [
+        row["equal_steps"]["coverage_random"]["mean"]
+        for row in table["rows"]
+        if "coverage_random" in row["equal_steps"]
+    ]
+    alike = max(chances, default=0.0) - min(chances, default=0.0) < 0.01
+    coverage = "coverage" if random is None else f"coverage (random {random:.3f})" if alike else "coverage (random)"
     # Few studies have rows that learn boxes.
     boxes = () if best is None else (f"Acc@0.5 of boxes (an image's best box {best:.3f})",)
     heading = ("row", "seeds", "mean recall", "at equal compute", "mTR", "mIR")
@@ -210,7 +223,8 @@ def _main(table: Mapping[str, Any]) -> list[str]:
         final, even = row["equal_steps"], row["equal_compute"]
         cells = [row["name"], f"{row['seeds']} of {row['planned']}"]
         cells += [_cell(final, "recall"), _cell(even, "recall"), _cell(final, "mTR"), _cell(final, "mIR")]
-        cells += [_cell(final, "nats"), _cell(even, "nats"), _cell(final, "coverage")]
+        chance = "" if alike or "coverage_random" not in final else f" ({final['coverage_random']['mean']:.3f})"
+        cells += [_cell(final, "nats"), _cell(even, "nats"), _cell(final, "coverage") + chance]
         cells += [_cell(final, "boxes")] if boxes else []
         cells += [_whole(row["steps"]), _whole(even["step"]), _whole(row["step_cpu_ms"])]
         lines.append(_line(cells))
@@ -218,8 +232,8 @@ def _main(table: Mapping[str, Any]) -> list[str]:
 
 
 def _claims(table: Mapping[str, Any]) -> list[str]:
-    heading = ("claim", "measure", "better by", "standard deviation", "verdict")
-    heading += ("better by, at equal compute", "standard deviation", "verdict")
+    heading = ("claim", "measure", "better by", "standard deviation", "by seed", "verdict")
+    heading += ("better by, at equal compute", "standard deviation", "by seed", "verdict")
     lines = [_line(heading), _line(["---"] * len(heading))]
     for claim in table["claims"]:
         name, _, digits = MEASURES[claim["measure"]]
@@ -227,6 +241,7 @@ def _claims(table: Mapping[str, Any]) -> list[str]:
         for at in ("equal_steps", "equal_compute"):
             found = claim[at]
             cells += [_number(found["difference"], digits, sign=True), _number(found["deviation"], digits)]
+            cells.append(_number(found["by_seed"], digits))
             cells.append(found["verdict"])
         lines.append(_line(cells))
     return lines

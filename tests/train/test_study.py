@@ -366,6 +366,16 @@ def test_a_claim_needs_more_than_one_standard_deviation(plan_of, plain, masked, 
     assert all(claim["equal_compute"] == claim["equal_steps"] for claim in claims)
 
 
+def test_what_a_seed_does_to_both_rows_is_seen(plan_of):
+    plan = plan_of()
+    table = tabulate(plan, by_hand(plan, [(0.1, 1.0), (0.5, 2.0)], [(0.2, 0.9), (0.6, 2.2)], cost=1.0))
+    recall, nats = (claim["equal_steps"] for claim in table["claims"])
+    assert recall["by_seed"] == pytest.approx(0.0, abs=1e-12) and recall["verdict"] == "within one standard deviation"
+    assert nats["by_seed"] == pytest.approx(0.3 / 2**0.5)
+    lacking = by_hand(plan, [(0.1, 1.0)], [(0.2, 0.9), (0.6, 2.2)], cost=1.0)
+    assert tabulate(plan, lacking)["claims"][0]["equal_steps"]["by_seed"] is None
+
+
 def test_a_table_without_any_run(plan_of):
     table = tabulate(plan_of(), {})
     assert "| plain | 0 of 2 | - | - |" in markdown(table) and table["cheapest"] is None
