@@ -4,20 +4,15 @@ import importlib.util
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sycoca.checked import ConfigError, Strict
+from sycoca.checked import Strict, require
 
 # Of all norms of a BERT.
 BERT_EPS = 1e-12
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
 def _share(config: Any, *names: str) -> None:
     for name in names:
-        _require(0 <= getattr(config, name) < 1, f"{name}: must lie in 0..1, 1 excluded, got {getattr(config, name)}")
+        require(0 <= getattr(config, name) < 1, f"{name}: must lie in 0..1, 1 excluded, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -41,13 +36,13 @@ class SwinConfig(Strict):
 
     def __post_init__(self) -> None:
         for name in ("embed_width", "window", "patch_size"):
-            _require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
+            require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
         stages = f"{len(self.depths)} stages, heads {len(self.heads)}"
-        _require(len(self.depths) == len(self.heads) > 0, f"depths: {stages}; each stage needs its own")
-        _require(all(depth > 0 for depth in self.depths), f"depths: {self.depths}, each must be positive")
+        require(len(self.depths) == len(self.heads) > 0, f"depths: {stages}; each stage needs its own")
+        require(all(depth > 0 for depth in self.depths), f"depths: {self.depths}, each must be positive")
         for stage, heads in enumerate(self.heads):
             width = self.embed_width * 2**stage
-            _require(heads > 0 and width % heads == 0, f"heads: {heads} does not divide the width {width}")
+            require(heads > 0 and width % heads == 0, f"heads: {heads} does not divide the width {width}")
         _share(self, "drop_path")
 
     @property
@@ -65,11 +60,11 @@ class SwinConfig(Strict):
         """Refuses an image encoder's fields that a Swin cannot have."""
         for name, value in self.implied.items():
             found = getattr(vision, name)
-            _require(found == value, f"{name}: {found}, the stages of vision.swin make it {value}")
-        _require(vision.region_form == "pooled", "region_form: 'local' needs a ViT; vision.swin needs 'pooled'")
-        _require(not vision.cls_position, "cls_position: vision.swin has no [CLS]")
+            require(found == value, f"{name}: {found}, the stages of vision.swin make it {value}")
+        require(vision.region_form == "pooled", "region_form: 'local' needs a ViT; vision.swin needs 'pooled'")
+        require(not vision.cls_position, "cls_position: vision.swin has no [CLS]")
         cells = vision.grid[0]
-        _require(self.window <= cells, f"swin.window: {self.window}, the last grid has {cells} x {cells} cells")
+        require(self.window <= cells, f"swin.window: {self.window}, the last grid has {cells} x {cells} cells")
 
 
 @dataclass(frozen=True)
@@ -88,14 +83,14 @@ class BertConfig(Strict):
 
     def __post_init__(self) -> None:
         for name in ("positions", "segments"):
-            _require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
+            require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
         _share(self, "dropout")
 
     def check(self, text: Any) -> None:
         """Refuses a text encoder's fields that BERT cannot have."""
-        _require(text.kind == "bidirectional", f"kind: '{text.kind}', text.bert needs 'bidirectional'")
+        require(text.kind == "bidirectional", f"kind: '{text.kind}', text.bert needs 'bidirectional'")
         fits = text.context_length <= self.positions
-        _require(fits, f"context_length: {text.context_length}, text.bert has {self.positions} positions")
+        require(fits, f"context_length: {text.context_length}, text.bert has {self.positions} positions")
 
 
 def missing_package(model: Any) -> str | None:

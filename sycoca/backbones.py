@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sycoca.backbone_config import BertConfig, SwinConfig
-from sycoca.checked import ConfigError, nearest
+from sycoca.checked import ConfigError, nearest, require
 from sycoca.config import FusionConfig, ModelConfig, VisionConfig
 
 if TYPE_CHECKING:
@@ -110,11 +110,11 @@ def load_backbones(model: "XVLM", *, vision: str | None = None, text: str | None
     """
     own, state = model.state_dict(), {}
     if vision is not None:
-        _require(model.config.vision.swin, f"{vision}: a Swin, and model.vision.swin is none")
+        require(model.config.vision.swin, f"{vision}: a Swin, and model.vision.swin is none")
         wanted = [key for key in own if begins_given(key, vision=True, text=False)]
         state |= _fitting(vision, _swin_state(vision), own, wanted)
     if text is not None:
-        _require(model.config.text.bert, f"{text}: a BERT, and model.text.bert is none")
+        require(model.config.text.bert, f"{text}: a BERT, and model.text.bert is none")
         wanted = [key for key in own if begins_given(key, vision=False, text=True)]
         state |= _fitting(text, _bert_state(text, model.config), own, wanted)
     model.load_state_dict(state, strict=False)
@@ -133,15 +133,10 @@ def _fitting(name: str, given: dict[str, "Tensor"], own: dict[str, "Tensor"], wa
     """The given tensors, each of the model's shape; only the head of masked words may be missing."""
     for key, tensor in given.items():
         found = tuple(own[key].shape) if key in own else "no such parameter"
-        _require(found == tuple(tensor.shape), f"{name}: {key} {tuple(tensor.shape)}, the model has {found}")
+        require(found == tuple(tensor.shape), f"{name}: {key} {tuple(tensor.shape)}, the model has {found}")
     missing = [key for key in wanted if key not in given and not key.startswith(_WORD_HEAD)]
-    _require(not missing, f"{name}: its weights lack {', '.join(missing[:1])}, {len(missing)} in all")
+    require(not missing, f"{name}: its weights lack {', '.join(missing[:1])}, {len(missing)} in all")
     return given
-
-
-def _require(condition: Any, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 def _swin_state(name: str) -> dict[str, "Tensor"]:
@@ -190,7 +185,7 @@ def _how() -> dict[str, Any]:
 
 def _require_all(name: str, missing: Collection[str]) -> None:
     # What it does not find, transformers leaves at random.
-    _require(not missing, f"{name}: its weights lack {min(missing, default='')}, {len(missing)} in all")
+    require(not missing, f"{name}: its weights lack {min(missing, default='')}, {len(missing)} in all")
 
 
 @contextlib.contextmanager
@@ -221,14 +216,14 @@ def _described(name: str, kind: str) -> dict[str, Any]:
         found = data.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{name}: config.json: {_told(error)}") from None
-    _require(found == kind, f"{name}: config.json: model_type {found!r}, needs {kind!r}")
+    require(found == kind, f"{name}: config.json: model_type {found!r}, needs {kind!r}")
     return data
 
 
 def _require_values(name: str, data: dict[str, Any], fixed: dict[str, Any]) -> None:
     for key, value in fixed.items():
         found = data.get(key, value)
-        _require(found == value, f"{name}: config.json: {key} {found!r}, this package builds {value!r}")
+        require(found == value, f"{name}: config.json: {key} {found!r}, this package builds {value!r}")
 
 
 @contextlib.contextmanager

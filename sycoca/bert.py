@@ -14,7 +14,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
 from sycoca.backbone_config import BERT_EPS
 from sycoca.bidirectional import BidirectionalTextEncoder, TokenTable
 from sycoca.config import ModelConfig
-from sycoca.fusion import IndexedAttention, Seen
+from sycoca.fusion import IndexedAttention, Seen, states_at
 from sycoca.layers import LayerNorm
 from sycoca.packing import Packing
 
@@ -107,8 +107,7 @@ class BertFusionBlock(BertBlock):
     ) -> Tensor:
         x = self.attend(x, valid, packing)
         if asking is not None:
-            x = x if packing is None else packing.unpack(x)
-            x, packing = x.gather(1, asking[:, :, None].expand(-1, -1, x.shape[2])), None
+            x, packing = states_at(x, packing, asking), None
         x = self.ln_cross(x + self.dropout_cross(self.cross(x, table, Seen(index, visible), packing)))
         return self.feed_forward_chunk(x)
 

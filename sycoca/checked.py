@@ -15,6 +15,12 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one line and names the key."""
 
 
+def require(condition: object, message: str) -> None:
+    """Raises ConfigError with `message` unless the condition is true."""
+    if not condition:
+        raise ConfigError(message)
+
+
 def from_dict(cls: type[T], data: dict[str, Any]) -> T:
     """Builds a configuration dataclass from plain data, every key and type checked.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from sycoca.backbone_config import BertConfig, SwinConfig
-from sycoca.checked import ConfigError, Strict, from_dict, known_keys, nearest, to_dict
+from sycoca.checked import ConfigError, Strict, from_dict, known_keys, nearest, require, to_dict
 
 __all__ = [
     "BertConfig",
@@ -32,18 +32,13 @@ OBJECTIVES = ("itc", "ic", "tgmim", "itm", "mlm", "bbox")
 _FUSED = ("itm", "mlm", "bbox")
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
 def _positive(config: Any, *names: str) -> None:
     for name in names:
-        _require(getattr(config, name) > 0, f"{name}: must be positive, got {getattr(config, name)}")
+        require(getattr(config, name) > 0, f"{name}: must be positive, got {getattr(config, name)}")
 
 
 def _heads(width: int, heads: int) -> None:
-    _require(heads > 0 and width % heads == 0, f"heads: {heads} does not divide the width {width}")
+    require(heads > 0 and width % heads == 0, f"heads: {heads} does not divide the width {width}")
 
 
 @dataclass(frozen=True)
@@ -77,9 +72,9 @@ class VisionConfig(Strict):
 
     def __post_init__(self) -> None:
         _positive(self, "image_size", "patch_size", "width", "depth", "mlp_ratio", "pooler_heads", "local_depth")
-        _require(self.pooler_queries >= 2, f"pooler_queries: must be at least 2, got {self.pooler_queries}")
+        require(self.pooler_queries >= 2, f"pooler_queries: must be at least 2, got {self.pooler_queries}")
         _heads(self.width, self.heads)
-        _require(
+        require(
             self.image_size % self.patch_size == 0,
             f"patch_size: {self.patch_size} does not divide the image size {self.image_size}",
         )
@@ -133,13 +128,13 @@ class TextConfig(Strict):
     def __post_init__(self) -> None:
         _positive(self, "width", "depth", "mlp_ratio")
         _heads(self.width, self.heads)
-        _require(self.context_length >= 2, f"context_length: at least [SOT] and [EOT], got {self.context_length}")
+        require(self.context_length >= 2, f"context_length: at least [SOT] and [EOT], got {self.context_length}")
         special = (self.pad_id, self.sot_id, self.eot_id)
-        _require(len(set(special)) == 3, f"pad_id, sot_id, eot_id: must differ, got {special}")
+        require(len(set(special)) == 3, f"pad_id, sot_id, eot_id: must differ, got {special}")
         for name in ("pad_id", "sot_id", "eot_id", "mask_id"):
             value = getattr(self, name)
             inside = value is None or 0 <= value < self.vocab_size
-            _require(inside, f"{name}: {value} is outside the vocabulary of {self.vocab_size}")
+            require(inside, f"{name}: {value} is outside the vocabulary of {self.vocab_size}")
         if self.bert is not None:
             self.bert.check(self)
 
@@ -199,7 +194,7 @@ class WordMaskingConfig(Strict):
 
     def __post_init__(self) -> None:
         for name in ("share", "ngram_prob"):
-            _require(0 <= getattr(self, name) <= 1, f"{name}: must lie in 0..1, got {getattr(self, name)}")
+            require(0 <= getattr(self, name) <= 1, f"{name}: must lie in 0..1, got {getattr(self, name)}")
         _positive(self, "most")
 
 
@@ -239,9 +234,9 @@ class MaskingConfig(Strict):
 
     def __post_init__(self) -> None:
         for name in ("mask_ratio", "drop_ratio", "ic_mask_prob", "attentive_start", "tgmim_start"):
-            _require(0 <= getattr(self, name) <= 1, f"{name}: must lie in 0..1, got {getattr(self, name)}")
-        _require(self.drop_ratio < 1, "drop_ratio: 1 would leave captioning without a patch")
-        _require(self.tgmim_start < 1, "tgmim_start: 1 would never train TG-MIM; loss.tgmim_weight=0 leaves it out")
+            require(0 <= getattr(self, name) <= 1, f"{name}: must lie in 0..1, got {getattr(self, name)}")
+        require(self.drop_ratio < 1, "drop_ratio: 1 would leave captioning without a patch")
+        require(self.tgmim_start < 1, "tgmim_start: 1 would never train TG-MIM; loss.tgmim_weight=0 leaves it out")
         _positive(self, "block", "local_dim", "local_group")
 
 
@@ -279,10 +274,10 @@ class LossConfig(Strict):
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self) if field.name.endswith("_weight")):
             value = getattr(self, name)
-            _require(value is None or 0 <= value < math.inf, f"{name}: must be at least 0, got {value}")
+            require(value is None or 0 <= value < math.inf, f"{name}: must be at least 0, got {value}")
         _positive(self, "itm_floor")
         for name in ("label_smoothing", "caption_label_smoothing"):
-            _require(0 <= getattr(self, name) < 1, f"{name}: must lie in 0..1, got {getattr(self, name)}")
+            require(0 <= getattr(self, name) < 1, f"{name}: must lie in 0..1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -316,51 +311,51 @@ class ModelConfig(Strict):
         _heads(self.text.width, self.caption_decoder.heads)
         if self.vision.pooler != "cls":
             _heads(self.embed_dim, self.vision.pooler_heads)
-        _require(len(self.objectives) > 0, f"objectives: name at least one of {', '.join(OBJECTIVES)}")
+        require(len(self.objectives) > 0, f"objectives: name at least one of {', '.join(OBJECTIVES)}")
         for name in self.objectives:
             known = ", ".join(OBJECTIVES)
-            _require(name in OBJECTIVES, f"objectives: '{name}' is none of {known}{nearest(name, OBJECTIVES)}")
-        _require(len(set(self.objectives)) == len(self.objectives), "objectives: each may be named once")
+            require(name in OBJECTIVES, f"objectives: '{name}' is none of {known}{nearest(name, OBJECTIVES)}")
+        require(len(set(self.objectives)) == len(self.objectives), "objectives: each may be named once")
         self._check_xvlm()
         rows, cols = self.vision.grid
         block = self.masking.block
-        _require(
+        require(
             rows % block == 0 and cols % block == 0,
             f"masking.block: {block} does not divide the grid of {rows} x {cols} patches",
         )
         space = self.masking.score_space
         if self.scores and self.masking.attentive_start < 1:
             if space == "local":
-                _require(self.local_weight > 0, "loss.local_weight: 0 leaves the heads of the space 'local' untrained")
+                require(self.local_weight > 0, "loss.local_weight: 0 leaves the heads of the space 'local' untrained")
             else:
                 pooled = f"masking.score_space: '{space}' compares what vision.pooler '{self.vision.pooler}' has mixed"
-                _require(self.vision.pooler == "cls", f"{pooled}; 'local' compares patches")
+                require(self.vision.pooler == "cls", f"{pooled}; 'local' compares patches")
                 reason = f"masking.score_space: '{space}' is trained by the objective 'itc', which is off"
-                _require(self.learns("itc"), reason)
+                require(self.learns("itc"), reason)
 
     def _check_xvlm(self) -> None:
         text, vision = self.text, self.vision
         for name in self.objectives:
             if name in _FUSED:
                 absent = f"objectives: '{name}' needs the fusion encoder; give fusion.depth and fusion.heads"
-                _require(self.fusion is not None, absent)
+                require(self.fusion is not None, absent)
             elif name in ("ic", "tgmim"):
                 reason = "predicts the next word" if name == "ic" else "reads the words as captioning does"
-                _require(text.kind == "causal", f"objectives: '{name}' {reason}, which needs text.kind 'causal'")
+                require(text.kind == "causal", f"objectives: '{name}' {reason}, which needs text.kind 'causal'")
                 whole = f"objectives: '{name}' leaves out patches, which vision.swin has no place for"
-                _require(vision.swin is None, whole)
+                require(vision.swin is None, whole)
         if "mlm" in self.objectives:
             reason = "'mlm' fills in words from both sides"
-            _require(text.kind == "bidirectional", f"objectives: {reason}, which needs text.kind 'bidirectional'")
-            _require(text.mask_id is not None, f"text.mask_id: {reason}, needs the id of [MASK]")
+            require(text.kind == "bidirectional", f"objectives: {reason}, which needs text.kind 'bidirectional'")
+            require(text.mask_id is not None, f"text.mask_id: {reason}, needs the id of [MASK]")
         if self.fusion is None:
-            _require(vision.region_form == "local", "vision.region_form: 'pooled' needs the model.fusion of X-VLM")
+            require(vision.region_form == "local", "vision.region_form: 'pooled' needs the model.fusion of X-VLM")
             return
         _heads(text.width, self.fusion.heads)
         pooler = f"vision.pooler: '{vision.pooler}' mixes the patches of a whole image, model.fusion has boxes of it"
-        _require(vision.pooler == "cls", pooler)
+        require(vision.pooler == "cls", pooler)
         deep = f"vision.local_depth: {vision.local_depth} of {vision.depth} blocks"
-        _require(vision.region_form == "pooled" or vision.local_depth <= vision.depth, deep)
+        require(vision.region_form == "pooled" or vision.local_depth <= vision.depth, deep)
 
     def learns(self, objective: str) -> bool:
         """Whether an objective is named and weighs more than nothing."""

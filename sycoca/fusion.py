@@ -80,6 +80,12 @@ class IndexedAttention(CrossAttention):
         return (P @ v).transpose(1, 2).flatten(2)
 
 
+def states_at(x: Tensor, packing: Packing | None, asking: Tensor) -> Tensor:
+    """States (B, K, D) of the positions `asking` (B, K) int64 of texts (B, T, D), or packed."""
+    x = x if packing is None else packing.unpack(x)
+    return x.gather(1, asking[:, :, None].expand(-1, -1, x.shape[2]))
+
+
 class FusionBlock(nn.Module):
     """Self-attention over the text, cross-attention to an image, MLP."""
 
@@ -106,8 +112,7 @@ class FusionBlock(nn.Module):
         """Texts (B, T, D), or packed, or with `asking` (B, K) int64 the states (B, K, D) of these positions alone."""
         x = x + self.attn(self.ln_attn(x), None, packing, valid)
         if asking is not None:
-            x = x if packing is None else packing.unpack(x)
-            x, packing = x.gather(1, asking[:, :, None].expand(-1, -1, x.shape[2])), None
+            x, packing = states_at(x, packing, asking), None
         x = x + self.cross(self.ln_cross(x), table, Seen(index, visible), packing)
         return x + self.mlp(self.ln_mlp(x))
 

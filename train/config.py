@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
-from sycoca.config import ConfigError, ModelConfig, nearest
+from sycoca.checked import require
+from sycoca.config import ModelConfig, nearest
 from sycoca.presets import MODEL_PRESETS
 
 
@@ -17,11 +18,6 @@ class Section:
     """Base of configuration dataclasses: unknown keys are errors."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 def at_least(config: Any, **least: int) -> None:

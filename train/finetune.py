@@ -3,6 +3,7 @@
 deepspeed train/finetune.py retrieval --config ds_zero2.json --model runs/tiny
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -102,9 +103,10 @@ def finetune(tuning: Tuning) -> None:
     heartbeat, control = Heartbeat(train.timeout_s), Control()
     skips, saver = Skips(engine), Saver(engine, run_dir, train, facts={})
     budget = Budget(tuning.train, config.data.max_left_out)
-    batches = tuning_batches(tuning, plan, first_step * train.accumulation, rank=rank, world=world, device=device)
+    loading = tuning_batches(tuning, plan, first_step * train.accumulation, rank=rank, world=world, device=device)
     shares = [train.micro_batch] * world
-    with heartbeat.guard():
+    # Workers that are left to themselves are waited for when the process ends.
+    with contextlib.closing(loading) as batches, heartbeat.guard():
         for step in range(first_step, steps):
             seed_drops(model.config, train.seed, step, rank)
             started, waited = time.perf_counter(), 0.0

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,16 +171,17 @@ def tuning_batches(tuning: Tuning, plan: Plan, first: int, *, rank: int, world: 
         how = {"global_batch": global_batch, "epoch": epoch, "start": start, "crop_scale": config.data.crop_scale}
         loader = batches(plan.source, plan.rows, **how, **form)
     loader.skipped = tuning.train.skipped
-    for loaded in loader:
-        place = Place(loaded.epoch, loaded.index, loaded.keys)
-        if not isinstance(loaded, LoadedBatch):
-            fields = loaded.regions if config.task == "grounding" else loaded
-            yield tuple(part.to(device, non_blocking=True) for part in fields if isinstance(part, Tensor)), place
-            continue
-        distinct = plan.source.fresh and not plan.source.repeats
-        ids = None if distinct else loaded.ids.to(device, non_blocking=True)
-        images, tokens = (part.to(device, non_blocking=True) for part in (loaded.images, loaded.tokens))
-        yield (images, tokens, ids), place
+    with closing(loader):
+        for loaded in loader:
+            place = Place(loaded.epoch, loaded.index, loaded.keys)
+            if not isinstance(loaded, LoadedBatch):
+                fields = loaded.regions if config.task == "grounding" else loaded
+                yield tuple(part.to(device, non_blocking=True) for part in fields if isinstance(part, Tensor)), place
+                continue
+            distinct = plan.source.fresh and not plan.source.repeats
+            ids = None if distinct else loaded.ids.to(device, non_blocking=True)
+            images, tokens = (part.to(device, non_blocking=True) for part in (loaded.images, loaded.tokens))
+            yield (images, tokens, ids), place
 
 
 def judge_untuned(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> None:
