@@ -7,6 +7,9 @@ Attention sees padded texts; all else packed ones. The cross-attention is that o
 and values of the image tokens stay one table per layer; its weights alone are never dropped.
 """
 
+from collections.abc import Callable
+
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
@@ -15,7 +18,7 @@ from sycoca.backbone_config import BERT_EPS
 from sycoca.bidirectional import BidirectionalTextEncoder, TokenTable
 from sycoca.config import ModelConfig
 from sycoca.fusion import IndexedAttention, Seen, states_at
-from sycoca.layers import LayerNorm
+from sycoca.layers import KeysValues, LayerNorm, Past, attend
 from sycoca.packing import Packing
 
 _STD = 0.02
@@ -47,20 +50,20 @@ def _initialise(module: nn.Module) -> None:
 
 
 class BertSequence(nn.Module):
-    """Normalised embeddings of tokens (B, T) with their positions."""
+    """Normalised embeddings of tokens (B, T) that stand at the positions from `first` on."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         text = config.text
-        self.tokens = TokenTable(text.vocab_size, text.width, config.learns("mlm"))
+        self.tokens = TokenTable(text.vocab_size, text.width, config.learns("mlm") or text.writes)
         self.embeddings = BertEmbeddings(_sizes(config, text.heads, text.mlp_ratio))
         self.embeddings.word_embeddings = None
         # Tables of constants: no weight file holds them.
         del self.embeddings.position_ids, self.embeddings.token_type_ids
         _initialise(self.embeddings)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        place = tokens.new_ones(1, tokens.shape[1]).cumsum(1) - 1
+    def forward(self, tokens: Tensor, first: int = 0) -> Tensor:
+        place = tokens.new_ones(1, tokens.shape[1]).cumsum(1) + (first - 1)
         return self.embeddings(
             inputs_embeds=self.tokens(tokens), position_ids=place, token_type_ids=place.new_zeros(1, 1)
         )
@@ -80,8 +83,25 @@ class BertBlock(BertLayer):
 
     def attend(self, x: Tensor, valid: Tensor, packing: Packing | None) -> Tensor:
         """States behind self-attention, of texts (B, T, D), or packed ones, whose tokens `valid` (B, T) are seen."""
+        return self._attended(x, valid[:, None, None, :], packing)
+
+    def causally(self, x: Tensor, past: Past | None = None, packing: Packing | None = None) -> Tensor:
+        """As `forward`, but position i sees the positions 0..i, those of the past among them."""
+        return self.feed_forward_chunk(self.attend_causally(x, past, packing))
+
+    def attend_causally(self, x: Tensor, past: Past | None, packing: Packing | None) -> Tensor:
+        """States behind self-attention, as `attend`, position i of which sees the positions 0..i."""
+        if past is None:
+            T = x.shape[1] if packing is None else packing.shape[1]
+            return self._attended(x, x.new_ones(1, 1, T, T, dtype=torch.bool).tril(), packing)
+        own, heads = self.attention.self, (*x.shape[:2], self.attention.self.num_attention_heads, -1)
+        q, k, v = (linear(x).view(heads).transpose(1, 2) for linear in (own.query, own.key, own.value))
+        k, v = past.extend(KeysValues(k, v))
+        return self.attention.output(attend(q, k, v, causal=x.shape[1] > 1), x)
+
+    def _attended(self, x: Tensor, visible: Tensor, packing: Packing | None) -> Tensor:
         texts = x if packing is None else packing.unpack(x)
-        found, _ = self.attention.self(texts, attention_mask=valid[:, None, None, :])
+        found, _ = self.attention.self(texts, attention_mask=visible)
         return self.attention.output(found if packing is None else packing.pack(found), x)
 
 
@@ -110,6 +130,12 @@ class BertFusionBlock(BertBlock):
             x, packing = states_at(x, packing, asking), None
         x = self.ln_cross(x + self.dropout_cross(self.cross(x, table, Seen(index, visible), packing)))
         return self.feed_forward_chunk(x)
+
+    def causally(
+        self, x: Tensor, look: Callable[[Tensor], Tensor], past: Past | None = None, packing: Packing | None = None
+    ) -> Tensor:
+        x = self.attend_causally(x, past, packing)
+        return self.feed_forward_chunk(self.ln_cross(x + self.dropout_cross(look(x))))
 
     def look_up(self, rows: Tensor) -> Tensor:
         """Keys and values (R, 2 D) of image tokens (R, D')."""

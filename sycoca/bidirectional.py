@@ -25,7 +25,14 @@ class TokenTable(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if predicts else None
 
-    def forward(self, tokens: Tensor | None = None, *, states: Tensor | None = None, labels: Tensor | None = None):
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        states: Tensor | None = None,
+        labels: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
         """Embeddings (..., D) of tokens; of states (N, D) the logits (N, V), or the summed loss of labels (N,)."""
         if states is None:
             return super().forward(tokens)
@@ -33,21 +40,21 @@ class TokenTable(nn.Embedding):
             return F.linear(states, self.weight, self.bias)
         # The bias as one more column, which the states answer with 1.
         table = torch.cat([self.weight, self.bias[:, None]], dim=1)
-        return token_loss(F.pad(states, (0, 1), value=1.0), table, labels)
+        return token_loss(F.pad(states, (0, 1), value=1.0), table, labels, label_smoothing)
 
 
 class BidirectionalSequence(nn.Module):
-    """Embeddings of tokens (B, T) with their positions."""
+    """Embeddings of tokens (B, T) that stand at the positions from `first` on."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         text = config.text
-        self.tokens = TokenTable(text.vocab_size, text.width, config.learns("mlm"))
+        self.tokens = TokenTable(text.vocab_size, text.width, config.learns("mlm") or text.writes)
         self.pos = nn.Parameter(torch.empty(text.context_length, text.width))
         nn.init.normal_(self.pos, std=0.01)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.tokens(tokens) + self.pos[: tokens.shape[1]]
+    def forward(self, tokens: Tensor, first: int = 0) -> Tensor:
+        return self.tokens(tokens) + self.pos[first : first + tokens.shape[1]]
 
 
 class BidirectionalTextEncoder(nn.Module):

@@ -113,14 +113,19 @@ class Cached:
         self._tokens = torch.cat((self._tokens, tokens), dim=1)
         for stack in (self._words, self._told):
             stack.begin(tokens.shape[1])
-        x, visible = self._text.sequence(tokens, first=first), self._text.visible(self._tokens, first)
+        x, visible = self._text.sequence(tokens, first=first), self._visible(first)
         if self._steps is None or first == 0:
-            x = self._through_blocks(x, visible)
-            return self._decoder.head(x).float()
+            return self._logits(self._through_blocks(x, visible)).float()
         # Spares what autograd notes of every call.
         with torch.inference_mode():
             x = self._through_steps(x.squeeze(1), None if visible is None else visible[:, None])
-            return self._decoder.head(x).float()
+            return self._logits(x).float()
+
+    def _visible(self, first: int) -> Tensor | None:
+        return self._text.visible(self._tokens, first)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self._decoder.head(x)
 
     def _through_blocks(self, x: Tensor, visible: Tensor | None) -> Tensor:
         """States (N, D) of the last of tokens (N, n, D), each of which sees `visible` (N, n, M)."""

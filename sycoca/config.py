@@ -107,6 +107,7 @@ class TextConfig(Strict):
         cls_place: where [CLS] stands in a causal encoder; see `sycoca.text`.
         mask_id: of [MASK], for masked words.
         sep: whether [SEP], whose id is `eot_id`, ends the words of a bidirectional encoder.
+        writes: whether a bidirectional encoder and the fusion encoder have been taught to write captions.
         bert: makes text and fusion encoder of BERT's layers.
     """
 
@@ -123,6 +124,7 @@ class TextConfig(Strict):
     kind: Literal["causal", "bidirectional"] = "causal"
     mask_id: int | None = None
     sep: bool = False
+    writes: bool = False
     bert: BertConfig | None = None
 
     def __post_init__(self) -> None:
@@ -348,6 +350,8 @@ class ModelConfig(Strict):
             reason = "'mlm' fills in words from both sides"
             require(text.kind == "bidirectional", f"objectives: {reason}, which needs text.kind 'bidirectional'")
             require(text.mask_id is not None, f"text.mask_id: {reason}, needs the id of [MASK]")
+        whole = text.kind == "bidirectional" and self.fusion is not None
+        require(whole or not text.writes, "text.writes: of 'bidirectional' text under model.fusion; else by 'ic'")
         if self.fusion is None:
             require(vision.region_form == "local", "vision.region_form: 'pooled' needs the model.fusion of X-VLM")
             return
@@ -366,7 +370,12 @@ class ModelConfig(Strict):
     @property
     def fuses(self) -> bool:
         """Whether an objective needs the fusion encoder."""
-        return any(self.learns(name) for name in _FUSED)
+        return self.text.writes or any(self.learns(name) for name in _FUSED)
+
+    @property
+    def writes(self) -> bool:
+        """Whether captions are written: by the captioning decoder, or by the fusion encoder that was taught to."""
+        return self.text.writes or self.learns("ic")
 
     @property
     def drops(self) -> bool:

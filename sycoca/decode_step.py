@@ -2,8 +2,9 @@
 
     x <- x + out(attend(qkv(LN x), past));  x <- x + down(gelu(up(LN x)))        x (N, D), in place
 
-What `Block` and `CrossBlock` compute, in the few calls that a single token needs: so little is multiplied in a step
-that modules, views and copies would take most of its time. Weights are those of the blocks, not copies.
+What `Block`, `CrossBlock` and `FusionBlock` compute, in the few calls that a single token needs: so little is
+multiplied in a step that modules, views and copies would take most of its time. Weights are those of the blocks, not
+copies.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sycoca import cpu_attention, fused_mlp
-from sycoca.layers import Block, CrossBlock, KeysValues
+from sycoca.fusion import FusionBlock
+from sycoca.layers import Block, CrossAttention, CrossBlock, KeysValues, SelfAttention
 
 
 class Growth(NamedTuple):
@@ -25,7 +27,7 @@ class Growth(NamedTuple):
     values: Tensor
 
 
-def fits(block: Block | CrossBlock) -> bool:
+def fits(block: Block | CrossBlock | FusionBlock) -> bool:
     """Whether steps of this block may run: eager, on a CPU, in full precision, with whole weights."""
     weight = block.mlp.up.weight
     return cpu_attention.fits(weight) and fused_mlp.fits(weight, weight) and type(block.ln_mlp) is nn.LayerNorm
@@ -38,11 +40,16 @@ def lay_out(model: nn.Module) -> None:
     contiguous. Not for a model that is trained: collectives want contiguous rows.
 
     Args:
-        model: SyCoCa with the objective `ic`, on a CPU.
+        model: one that writes, on a CPU.
     """
-    blocks = (*model.text.blocks, *model.caption_decoder.blocks)
+    told, words = model.caption_decoder, model.text.sequence.tokens
+    if told is None:
+        told = model.fusion
+    else:
+        words = told.head
+    blocks = (*model.text.blocks, *told.blocks)
     weights = [m.weight for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
-    for weight in (*weights, model.caption_decoder.head.weight):
+    for weight in (*weights, words.weight):
         if weight.shape[0] > weight.shape[1]:
             weight.data = weight.data.t().contiguous().t()
 
@@ -51,19 +58,11 @@ class SelfStep:
     """A causal block."""
 
     def __init__(self, block: Block) -> None:
-        self._heads = block.attn.heads
-        self._norm, self._qkv, self._out = _norm(block.ln_attn), _map(block.attn.qkv), _map(block.attn.out)
-        self._mlp = _MLPStep(block)
+        self._attend, self._mlp = _SelfAttend(block.ln_attn, block.attn), _MLPStep(block)
 
     def __call__(self, x: Tensor, growth: Growth, keep: Tensor | None = None) -> None:
         """Makes of x (N, D) the output; `keep` (N, 1, 1, M) bool, keys that are seen, or None for all."""
-        N, D = x.shape
-        qkv = _linear(self._qkv, torch.layer_norm(x, *self._norm))
-        q, k, v = qkv.view(N, 3, self._heads, 1, -1).unbind(1)
-        growth.new_keys.copy_(k)
-        growth.new_values.copy_(v)
-        attended = F.scaled_dot_product_attention(q, growth.keys, growth.values, attn_mask=keep)
-        _add_linear(x, self._out, attended.reshape(N, D))
+        self._attend(x, growth, keep)
         self._mlp(x)
 
 
@@ -71,24 +70,65 @@ class CrossStep:
     """A block that attends to a memory of B images, by `CrossBlock.look_up`."""
 
     def __init__(self, block: CrossBlock, memory: KeysValues) -> None:
-        self._heads, self._memory = block.attn.heads, memory
-        self._norm, self._q, self._out = _norm(block.ln_attn), _map(block.attn.q), _map(block.attn.out)
-        self._mlp = _MLPStep(block)
+        self._attend, self._mlp = _CrossAttend(block.ln_attn, block.attn, memory), _MLPStep(block)
 
     def __call__(self, x: Tensor) -> None:
         """Makes of x (N, D) the output, N / B neighbouring rows to each image."""
+        self._attend(x)
+        self._mlp(x)
+
+
+class FusionStep:
+    """A block of the fusion encoder over a memory of B images, each (B, H, S, d)."""
+
+    def __init__(self, block: FusionBlock, memory: KeysValues) -> None:
+        self._attend = _SelfAttend(block.ln_attn, block.attn)
+        self._look = _CrossAttend(block.ln_cross, block.cross, memory)
+        self._mlp = _MLPStep(block)
+
+    def __call__(self, x: Tensor, growth: Growth) -> None:
+        """Makes of x (N, D) the output, N / B neighbouring rows to each image."""
+        self._attend(x, growth, None)
+        self._look(x)
+        self._mlp(x)
+
+
+class _SelfAttend:
+    """x <- x + out(attend(qkv(LN x), past))."""
+
+    def __init__(self, norm: nn.LayerNorm, attn: SelfAttention) -> None:
+        self._heads, self._norm = attn.heads, _norm(norm)
+        self._qkv, self._out = _map(attn.qkv), _map(attn.out)
+
+    def __call__(self, x: Tensor, growth: Growth, keep: Tensor | None) -> None:
+        N, D = x.shape
+        qkv = _linear(self._qkv, torch.layer_norm(x, *self._norm))
+        q, k, v = qkv.view(N, 3, self._heads, 1, -1).unbind(1)
+        growth.new_keys.copy_(k)
+        growth.new_values.copy_(v)
+        attended = F.scaled_dot_product_attention(q, growth.keys, growth.values, attn_mask=keep)
+        _add_linear(x, self._out, attended.reshape(N, D))
+
+
+class _CrossAttend:
+    """x <- x + out(attend(q(LN x), memory))."""
+
+    def __init__(self, norm: nn.LayerNorm, attn: CrossAttention, memory: KeysValues) -> None:
+        self._heads, self._memory = attn.heads, memory
+        self._norm, self._q, self._out = _norm(norm), _map(attn.q), _map(attn.out)
+
+    def __call__(self, x: Tensor) -> None:
         N, D = x.shape
         q = _linear(self._q, torch.layer_norm(x, *self._norm))
         q = q.view(len(self._memory.keys), -1, self._heads, D // self._heads).transpose(1, 2)
         attended = F.scaled_dot_product_attention(q, *self._memory)
         _add_linear(x, self._out, attended.transpose(1, 2).reshape(N, D))
-        self._mlp(x)
 
 
 class _MLPStep:
     """x <- x + down(gelu(u)),  u = up(LN(x)),  gelu(u) = (u + u erf(u / sqrt 2)) / 2."""
 
-    def __init__(self, block: Block | CrossBlock) -> None:
+    def __init__(self, block: Block | CrossBlock | FusionBlock) -> None:
         self._norm, self._up, self._down = _norm(block.ln_mlp), _map(block.mlp.up), _map(block.mlp.down)
 
     def __call__(self, x: Tensor) -> None:

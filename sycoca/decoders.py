@@ -39,6 +39,11 @@ class VocabularyHead(nn.Module):
         return token_loss(x.flatten(0, 1), self.weight, labels.flatten(), self.label_smoothing)
 
 
+def asked(labels: Tensor) -> Tensor:
+    """Positions (B, T) bool up to the last label of a text: what is behind it nothing depends on."""
+    return (labels >= 0).flip(1).cumsum(1).flip(1) > 0
+
+
 class CaptionDecoder(nn.Module):
     """Layers of a causal block over the words and a block that attends to the patches."""
 
@@ -56,7 +61,7 @@ class CaptionDecoder(nn.Module):
 
     def forward(self, words: Tensor, patches: Tensor, labels: Tensor | None = None) -> Tensor:
         """As `VocabularyHead`, from words (B, T, D) and the patches (B, K, D') that captioning sees."""
-        packing = Packing.of(labels >= 0) if labels is not None and self.packs else None
+        packing = Packing.of(asked(labels)) if labels is not None and self.packs else None
         if packing is None:
             return self.head(self.states(words, patches), labels)
         x = self.states(packing.pack(words), patches, packing)

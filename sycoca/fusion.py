@@ -7,6 +7,7 @@ and values of the image tokens are one table per layer, projected once however m
 look them up; what a text sees of it is an index. The last layer goes on with the positions that are read, no others.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,18 @@ from torch import Tensor, nn
 from sycoca import cpu_attention
 from sycoca.backbone_config import BERT_EPS
 from sycoca.config import ModelConfig
-from sycoca.layers import MLP, CrossAttention, LayerNorm, SelfAttention, attend, init_blocks, position_table, run_block
+from sycoca.layers import (
+    MLP,
+    CrossAttention,
+    KeysValues,
+    LayerNorm,
+    Past,
+    SelfAttention,
+    attend,
+    init_blocks,
+    position_table,
+    run_block,
+)
 from sycoca.packing import Packing
 
 
@@ -79,6 +91,10 @@ class IndexedAttention(CrossAttention):
         self.kept.append(P)
         return (P @ v).transpose(1, 2).flatten(2)
 
+    def among(self, x: Tensor, memory: KeysValues) -> Tensor:
+        """Output (N, n, D) for tokens of N captions of the B images of a memory, N / B neighbouring ones to each."""
+        return super().forward(x.reshape(len(memory.keys), -1, x.shape[2]), memory).view(x.shape)
+
 
 def states_at(x: Tensor, packing: Packing | None, asking: Tensor) -> Tensor:
     """States (B, K, D) of the positions `asking` (B, K) int64 of texts (B, T, D), or packed."""
@@ -114,6 +130,14 @@ class FusionBlock(nn.Module):
         if asking is not None:
             x, packing = states_at(x, packing, asking), None
         x = x + self.cross(self.ln_cross(x), table, Seen(index, visible), packing)
+        return x + self.mlp(self.ln_mlp(x))
+
+    def causally(
+        self, x: Tensor, look: Callable[[Tensor], Tensor], past: Past | None = None, packing: Packing | None = None
+    ) -> Tensor:
+        """Texts, whole ones or what is added to their `past`, whose position i sees 0..i; `look` is cross-attention."""
+        x = x + self.attn.causally(self.ln_attn(x), past, packing)
+        x = x + look(self.ln_cross(x))
         return x + self.mlp(self.ln_mlp(x))
 
     def look_up(self, rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sycoca.beam import beam_search
 from sycoca.cache import Cached, Session
 from sycoca.decoding import Decoding
+from sycoca.fused_captioner import FusedCached
 from sycoca.masking import hash_int
 from sycoca.sampling import Constraints, draw
 
@@ -53,7 +54,7 @@ def generate(
     """Captions of a batch of images.
 
     Args:
-        model: SyCoCa with the objective `ic`.
+        model: one that writes captions (`model.config.writes`).
         tokenizer: the one the model was trained with.
         images: (B, 3, height, width) float, normalised.
         prompt: how every caption begins, or how each of the B does.
@@ -100,16 +101,17 @@ def generate_tokens(
     image_features: Any,
     *,
     prompt: Sequence[Sequence[int]] | Tensor | None = None,
-    session: Callable[[Any, Any, int], Session] = Cached,
+    session: Callable[[Any, Any, int], Session] | None = None,
     **options: Any,
 ) -> Generated:
     """Captions as token ids.
 
     Args:
-        model: SyCoCa with the objective `ic`.
+        model: one that writes captions (`model.config.writes`).
         image_features: of B images, by `model.encode_image`.
         prompt: ids that each of the B captions begins with, of any lengths, [SOT] not included.
-        session: what decoding remembers, from model, features and the most tokens of a caption.
+        session: what decoding remembers, from model, features and the most tokens of a caption; by default each key
+            and value that the model computes.
         options: fields of `Decoding`.
 
     Returns:
@@ -121,8 +123,10 @@ def generate_tokens(
     """
     text, decoding = model.config.text, Decoding.of(options)
     least, most = decoding.lengths(text.context_length)
-    if model.caption_decoder is None:
-        raise ValueError("generate: the model was built without captioning (objective 'ic')")
+    if not model.config.writes:
+        raise ValueError(f"generate: {unable(model.config)}")
+    if session is None:
+        session = FusedCached if model.caption_decoder is None else Cached
     patches = image_features.patches
     prompts, prompt_lengths = _prompt_table(prompt, len(patches), text, most, patches.device)
     R, device = decoding.num_return, patches.device
@@ -250,6 +254,13 @@ def _drawer(decoding: Decoding, images: int, most: int, device: torch.device) ->
     return choose
 
 
+def unable(config: Any) -> str:
+    """Why a model of a configuration that does not write does not, and what teaches it."""
+    if config.text.kind == "bidirectional" and config.fuses:
+        return "the model has not learned to write; train/finetune.py captioning teaches it"
+    return "the model was built without captioning (objective 'ic')"
+
+
 def _lengths(tokens: Tensor, eot_id: int) -> Tensor:
     ends = tokens == eot_id
     return torch.where(ends.any(-1), ends.int().argmax(-1) + 1, tokens.shape[-1])
@@ -259,7 +270,7 @@ def _prompt_ids(tokenizer: Any, prompt: str | Sequence[str], B: int, most: int) 
     """Word tokens of each image's prompt."""
     prompts = [prompt] * B if isinstance(prompt, str) else list(prompt)
     # With room to spare, so that a prompt that is too long shows.
-    rows = tokenizer.encode(prompts, most + 2).tolist()
+    rows = tokenizer.ended().encode(prompts, most + 2).tolist()
     return [row[1 : row.index(tokenizer.eot_id)] for row in rows]
 
 

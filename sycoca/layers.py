@@ -7,6 +7,7 @@ Each parameter is used only inside the forward of the module that owns it, as sh
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -99,22 +100,31 @@ class SelfAttention(nn.Module):
         packing: Packing | None = None,
         valid: Tensor | None = None,
     ) -> Tensor:
+        return self._attended(x, self.causal, past, packing, valid)
+
+    def causally(self, x: Tensor, past: Past | None = None, packing: Packing | None = None) -> Tensor:
+        """As `forward`, but position i sees the positions 0..i in every encoder."""
+        return self._attended(x, True, past, packing, None)
+
+    def values(self, x: Tensor) -> Tensor:
+        """Output of every position (B, N, D) as if it attended to itself alone."""
+        return self.out(self.qkv(x).chunk(3, dim=-1)[2])
+
+    def _attended(
+        self, x: Tensor, causal: bool, past: Past | None, packing: Packing | None, valid: Tensor | None
+    ) -> Tensor:
         qkv = self.qkv(x)
         if packing is not None:
             qkv = packing.unpack(qkv)
         if past is None and cpu_attention.fits(qkv):
-            attended = cpu_attention.self_attention(qkv, self.heads, self.causal, valid)
+            attended = cpu_attention.self_attention(qkv, self.heads, causal, valid)
         else:
             q, k, v = self._split(qkv)
             if past is not None:
                 k, v = past.extend(KeysValues(k, v))
             # A single query is the last of its keys.
-            attended = attend(q, k, v, causal=self.causal and q.shape[2] > 1, valid=valid)
+            attended = attend(q, k, v, causal=causal and q.shape[2] > 1, valid=valid)
         return self.out(attended if packing is None else packing.pack(attended))
-
-    def values(self, x: Tensor) -> Tensor:
-        """Output of every position (B, N, D) as if it attended to itself alone."""
-        return self.out(self.qkv(x).chunk(3, dim=-1)[2])
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         B, N, width = qkv.shape
@@ -187,6 +197,11 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_attn(x), past, packing, valid)
         return x + self.mlp(self.ln_mlp(x))
 
+    def causally(self, x: Tensor, past: Past | None = None, packing: Packing | None = None) -> Tensor:
+        """As `forward`, but position i sees the positions 0..i in every encoder."""
+        x = x + self.attn.causally(self.ln_attn(x), past, packing)
+        return x + self.mlp(self.ln_mlp(x))
+
 
 class CrossBlock(nn.Module):
     """Cross-attention to a memory, then MLP."""
@@ -241,7 +256,7 @@ def position_table(grid: tuple[int, int], width: int) -> Tensor:
     return torch.cat([wave(a) for a in angles for wave in (torch.sin, torch.cos)], dim=1)[:, :width]
 
 
-def run_block(block: nn.Module, *args: Tensor | Packing | None, recompute: str) -> Tensor:
+def run_block(block: Callable[..., Tensor], *args: Tensor | Packing | None, recompute: str) -> Tensor:
     """Output of a block; `recompute` says what backward computes again, in the words of `ModelConfig.recompute`."""
     if recompute == "nothing" or not torch.is_grad_enabled():
         return block(*args)

@@ -260,10 +260,24 @@ class SyCoCa(nn.Module, HubMixin):
         return _unit(patches) @ _unit(tokens).transpose(1, 2)
 
     def caption_logits(self, image: ImageFeatures, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V) of the token behind each of tokens (B, T), which may be unfinished; all patches are seen."""
+        """Logits (N, T, V) of the token behind each of tokens (N, T), which may be unfinished; all patches are seen.
+
+        Of B images, N / B neighbouring captions belong to each.
+        """
+        return self._captioner()(self.text.words(tokens), _shared(image.memory, len(tokens)))
+
+    def caption_loss(self, image: ImageFeatures, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy () of the labels (N, T - 1) behind tokens (N, T) as in `caption_logits`, summed.
+
+        Labels below 0 are left out. Smoothed as `loss.caption_label_smoothing` says.
+        """
+        words = self.text.words(tokens)[:, :-1]
+        return self._captioner()(words, _shared(image.memory, len(tokens)), labels)
+
+    def _captioner(self) -> CaptionDecoder:
         if self.caption_decoder is None:
-            raise ValueError("caption_logits: the model was built without captioning")
-        return self.caption_decoder(self.text.words(tokens), image.memory)
+            raise ValueError("captions: the model was built without captioning")
+        return self.caption_decoder
 
     def reconstruct(self, images: Tensor, text: TextFeatures, selection: PatchSelection) -> Tensor:
         """Pixels (B, K, p * p * 3) of the masked patches, normalised as the images, from the rest and the caption.
@@ -381,6 +395,10 @@ def _projection(width: int, dim: int) -> nn.Linear:
     linear = nn.Linear(width, dim, bias=False)
     nn.init.normal_(linear.weight, std=width**-0.5)
     return linear
+
+
+def _shared(memory: Tensor, count: int) -> Tensor:
+    return memory if count == len(memory) else memory.repeat_interleave(count // len(memory), 0)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -199,6 +199,10 @@ class Tokenizer:
         )
         return type(self)(backend)
 
+    def ended(self) -> Tokenizer:
+        """This vocabulary with its end token behind every text, as texts that are written need it."""
+        return self if self._ends else self.ending(True)
+
     def continues(self) -> Tensor:
         """Which tokens (V,) bool go on with a word that an earlier one began; none where the kind cannot tell."""
         found = torch.zeros(self.vocab_size, dtype=torch.bool)

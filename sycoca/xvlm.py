@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import box_loss, sample_hard_negatives
+from sycoca import fused_captioner
 from sycoca.config import ModelConfig
 from sycoca.contrast import Spread, contrastive_loss, send_captions
 from sycoca.fusion import FusionEncoder, PairHead, Seen, Tables, WordHead
@@ -136,7 +137,7 @@ class XVLM(SyCoCa):
         self.fusion = FusionEncoder(config) if config.fuses else None
         self.itm_head = PairHead(width, 2) if config.learns("itm") else None
         self.box_head = PairHead(width, 4) if config.learns("bbox") else None
-        self.word_head = WordHead(config) if config.learns("mlm") else None
+        self.word_head = WordHead(config) if config.learns("mlm") or config.text.writes else None
 
     def forward(
         self,
@@ -212,7 +213,7 @@ class XVLM(SyCoCa):
     @property
     def learns_pairs(self) -> bool:
         """Whether texts are fused with their images outside of box regression."""
-        return self.itm_head is not None or self.word_head is not None
+        return self.itm_head is not None or self.config.learns("mlm")
 
     def encode_regions(self, images: Tensor, rects: Tensor, image_index: Tensor) -> RegionFeatures:
         """Features of boxes and, for the fusion encoder, of what is in them and of the whole images.
@@ -250,6 +251,18 @@ class XVLM(SyCoCa):
         asking = torch.zeros(len(text.words), 1, dtype=torch.int64, device=text.words.device)
         valid = text.valid | (torch.arange(text.valid.shape[1], device=asking.device) == 0)
         return self._fusion()(text.words, valid, views.tables, views.seen, asking).squeeze(1)
+
+    def caption_logits(self, image: ImageFeatures, tokens: Tensor) -> Tensor:
+        """As of `SyCoCa`; of captions for an encoder that was taught to write."""
+        if not self.config.text.writes:
+            return super().caption_logits(image, tokens)
+        return fused_captioner.caption_logits(self, image, tokens)
+
+    def caption_loss(self, image: ImageFeatures, tokens: Tensor, labels: Tensor) -> Tensor:
+        """As of `SyCoCa`; of captions for an encoder that was taught to write."""
+        if not self.config.text.writes:
+            return super().caption_loss(image, tokens, labels)
+        return fused_captioner.caption_loss(self, image, tokens, labels)
 
     def _fusion(self) -> FusionEncoder:
         if self.fusion is None:

@@ -216,6 +216,8 @@ class RunConfig(Section):
         theirs = self.model.vision.swin is not None or self.model.text.bert is not None
         slow = "train.compile: true, but blocks of transformers (model.vision.swin, model.text.bert) are not compiled"
         require(not (theirs and self.train.compile), slow)
+        taught = "model.text.writes: train/finetune.py captioning teaches it, and --init keeps it"
+        require(self.init is not None or not self.model.text.writes, taught)
         boxes, asked = self.train.region_batch, self.model.learns("bbox")
         require(boxes > 0 or not asked, "train.region_batch: 0, the objective 'bbox' needs texts with boxes")
         captions = self.data.max_regions == 1 and self.data.whole_share == 1

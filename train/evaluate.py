@@ -88,7 +88,7 @@ def parse(argv: list[str]) -> Evaluation:
         raise ConfigError(f"--train belongs to probe and vqa, not to {args.task}")
     folder = model_folder(args.model)
     facts, settings = task_facts(folder), model_settings(folder)
-    check_objectives(args.task, settings["objectives"], folder)
+    check_objectives(args.task, settings, folder)
     if args.task in ("classification", "nlvr") and facts.get("task") != args.task:
         raise ConfigError(f"--model {folder}: no classifier; make one with train/finetune.py {args.task}")
     if options.meteor or options.spice:
@@ -134,7 +134,7 @@ def evaluate(asked: Evaluation) -> None:
     model, tokenizer, config = load_pretrained(asked.model, device=device)
     method = vqa_method(asked.options.vqa, asked.facts) if asked.task == "vqa" else ""
     if asked.task == "vqa":
-        check_answering(method, config.objectives, asked.model)
+        check_answering(method, model_settings(asked.model)["learned"], asked.model)
     classifies = asked.task in ("classification", "nlvr") or method == "classify"
     head = load_head(asked.facts, config) if classifies else None
     if head is not None:

@@ -31,7 +31,6 @@ def finetune(tuning: Tuning) -> None:
     import torch
     import torch.distributed as dist
 
-    from sycoca.hub import load_pretrained
     from train.alike import require_alike
     from train.budget import Budget
     from train.checkpoints import Saver, choose, load_checkpoint, prepare, told
@@ -44,6 +43,7 @@ def finetune(tuning: Tuning) -> None:
     from train.metrics import RunLog, Timing
     from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
     from train.signals import StopRequest
+    from train.tasks.start import starting_model
     from train.tasks.tuning import build_objective, judge_tuned, judge_untuned, training_groups, tuning_batches
     from train.together import together
 
@@ -62,7 +62,7 @@ def finetune(tuning: Tuning) -> None:
     torch.manual_seed(train.seed)
     with together():
         try:
-            model, tokenizer, _ = load_pretrained(config.model, device=device)
+            model, tokenizer = starting_model(config, device)
         except ValueError as error:
             raise ConfigError(str(error)) from None
     with together():

@@ -72,14 +72,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"IMAGES: {paths[0]} is a text file")
     loaded = load(args)
     model = loaded.model
-    if model.caption_decoder is None:
-        raise UserError("--model: it was built without captioning")
-    with _on_the_command_line():
-        decoding.lengths(loaded.config.text.context_length)
 
     from sycoca.decode_step import lay_out
-    from sycoca.generate import generate_scored
+    from sycoca.generate import generate_scored, unable
 
+    if not loaded.config.writes:
+        raise UserError(f"--model: {unable(loaded.config)}")
+    with _on_the_command_line():
+        decoding.lengths(loaded.config.text.context_length)
     device = next(model.parameters()).device
     if device.type == "cpu":
         lay_out(model)

@@ -44,8 +44,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--caption: given {len(captions)} times for {len(paths)} images")
     chosen = dict(zip(paths, captions * len(paths) if len(captions) == 1 else captions))
     loaded = load(args)
-    if not captions and loaded.model.caption_decoder is None:
-        raise UserError("--caption: needed, for the model was built without captioning")
+    if not captions and not loaded.config.writes:
+        from sycoca.generate import unable
+
+        raise UserError(f"--caption: needed, for {unable(loaded.config)}")
 
     import torch
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.runs.conftest import metric_rows
 
@@ -65,3 +66,41 @@ def test_retrieval_is_tuned_with_matching_and_ranked_anew(command, checkout, unt
     assert metric_rows(folder)[-1]["itm"] > 0
     results = json.loads((folder / "after.json").read_text())["results"]
     assert results["rerank"] == 8 and set(results["itc"]) == {"image_to_text", "text_to_image"}
+
+
+def test_captions_are_taught_judged_and_written(command, checkout, untrained, tmp_path, monkeypatch, capsys):
+    from sycoca.__main__ import main
+    from sycoca.config import ConfigError
+    from train import evaluate
+    from train.data import open_dataset
+    from train.export import consolidated
+
+    photo = tmp_path / "scene.png"
+    Image.fromarray(open_dataset("scenes", "val", image_size=64)[0].image).save(photo)
+    monkeypatch.chdir(checkout)
+    for attempt in (["captioning", "--model", str(untrained)], ["choice", "--model", str(untrained)]):
+        with pytest.raises(ConfigError, match=r"train/finetune.py captioning teaches it to write"):
+            evaluate.parse(attempt)
+    assert main(["caption", str(photo), "--model", str(untrained)]) == 2
+    assert "has not learned to write; train/finetune.py captioning teaches it" in capsys.readouterr().err
+
+    folder = checkout / "runs" / "captions"
+    done = command(
+        f"python train/finetune.py captioning --config ds_zero2.json --model {untrained} --run-dir {folder} {SHORT}"
+    )
+    assert done.code == 0, done.err[-3000:]
+    rows = metric_rows(folder)
+    assert rows[-1]["caption"] < 0.9 * rows[0]["caption"]
+    before, after = (json.loads((folder / f"{name}.json").read_text())["results"] for name in ("before", "after"))
+    assert before["images"] == after["images"] == 16 and before["captions"] != after["captions"]
+    config = json.loads((folder / "model" / "config.json").read_text())
+    assert config["text"]["writes"] and config["loss"]["caption_label_smoothing"] == 0.1
+    assert consolidated(folder / "checkpoints" / "step_00000012").keys() >= {"model.word_head.dense.weight"}
+
+    out = tmp_path / "judged"
+    evaluate.evaluate(evaluate.parse(["captioning", "--model", str(folder), "--out", str(out), "limit=16", "beams=1"]))
+    assert json.loads((out / "captioning-scenes-val.json").read_text())["results"]["captions"] == after["captions"]
+    capsys.readouterr()
+    assert main(["caption", str(photo), "--model", str(folder), "--prompt", "a", "--num-beams", "2"]) == 0
+    written = capsys.readouterr().out.rstrip("\n").split("\t")
+    assert written[0] == str(photo) and written[1].startswith("a")

@@ -19,7 +19,7 @@ def evaluate(model: Any, tokenizer: Any, source: Any, *, options: Any, device: A
     """Writes a caption for every image and scores it.
 
     Args:
-        model: in evaluation mode, with the objective `ic`.
+        model: in evaluation mode, one that writes captions.
         tokenizer: the model's.
         source: images with captions; its `domain(index)`, where it has one, splits the scores.
         options: `TaskOptions`.

@@ -15,7 +15,7 @@ def evaluate_choice(model: Any, tokenizer: Any, source: Any, *, options: Any, de
     """Multiple choice: the answer whose tokens are likeliest behind the question.
 
     Args:
-        model: in evaluation mode, with the objective `ic`.
+        model: in evaluation mode, one that writes captions.
         tokenizer: the model's.
         source: a `ChoiceSource`.
         options: `TaskOptions`; `per_token` divides by the number of tokens.
@@ -35,7 +35,7 @@ def evaluate_choice(model: Any, tokenizer: Any, source: Any, *, options: Any, de
 def evaluate_pairs(model: Any, tokenizer: Any, source: Any, *, options: Any, device: Any, skipped: Skipped) -> Outcome:
     """Hard negatives: whether the true caption beats the false one; ties are lost. As `evaluate_choice`."""
     ways = [_by_similarity] if model.config.learns("itc") else []
-    ways += [_by_likelihood] if model.config.learns("ic") else []
+    ways += [_by_likelihood] if model.config.writes else []
     return _evaluate("pairs", tuple(ways), model, tokenizer, source, options, device, skipped)
 
 

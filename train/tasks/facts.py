@@ -7,6 +7,7 @@ from typing import Any
 from sycoca.config import ConfigError, nearest
 
 FACTS = "task.json"
+_FUSED = frozenset(["itm", "mlm", "bbox"])
 
 
 def task_facts(folder: Path) -> dict[str, Any]:
@@ -60,10 +61,20 @@ def model_folder(asked: str | None) -> Path:
 
 
 def model_settings(folder: Path) -> dict[str, Any]:
-    """The configuration of a model's folder as plain data, without importing torch."""
+    """What a model's folder says about it, as plain data, without importing torch.
+
+    `learned` are its objectives, with `ic` among them where fine-tuning taught it to write captions; `teachable` says
+    whether that can be done.
+    """
     path = next(p for p in (folder / "model" / "config.json", folder / "config.json") if p.is_file())
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return {"image_size": int(data["vision"]["image_size"]), "objectives": tuple(data.get("objectives", ()))}
+        objectives, text = tuple(data.get("objectives", ())), data["text"]
+        return {
+            "image_size": int(data["vision"]["image_size"]),
+            "objectives": objectives,
+            "learned": objectives + ("ic",) * bool(text.get("writes")),
+            "teachable": text.get("kind") == "bidirectional" and not _FUSED.isdisjoint(objectives),
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a model's configuration ({type(error).__name__}: {error})") from None

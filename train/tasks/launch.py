@@ -222,9 +222,9 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Tuning:
 def _open(config: FinetuneConfig, world: int) -> tuple[Source, Source]:
     data, options = config.data, config.options
     settings = model_settings(Path(config.model))
-    check_objectives(config.task, settings["objectives"], config.model)
+    check_objectives(config.task, settings, config.model, teaches=True)
     if config.task == "vqa":
-        check_answering(config.options.vqa, settings["objectives"], config.model)
+        check_answering(config.options.vqa, settings["learned"], config.model)
     if config.task == "grounding" and "bbox" not in settings["objectives"]:
         raise ConfigError(
             f"--model {config.model}: fine-tuning regresses boxes, which needs a model trained with 'bbox'; "

@@ -26,6 +26,7 @@ def prompted(tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], conte
 
     Texts keep their room, up to half of the context; a prompt that does not fit loses its end.
     """
+    tokenizer = tokenizer.ended()
     question, answer = (tokenizer.encode(list(part), context_length) for part in (prompts, texts))
     tokens = torch.full((len(prompts), context_length), tokenizer.pad_id, dtype=torch.int64)
     starts = torch.empty(len(prompts), dtype=torch.int64)
@@ -51,7 +52,7 @@ def log_likelihood(model: Any, image_features: Any, rows: Tensor, texts: Prompte
     """Log-likelihood of texts.
 
     Args:
-        model: SyCoCa with the objective `ic`.
+        model: one that writes captions.
         image_features: of a batch of images.
         rows: (N,) int64, the image of each text.
         texts: on the model's device.

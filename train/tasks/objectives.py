@@ -65,9 +65,7 @@ class Writing(Objective):
     def forward(self, images: Tensor, rows: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
         tokens = rows.flatten(0, 1)
         labels, count = _labels(self.model, tokens, torch.ones_like(tokens[:, 0]), group)
-        words = self.model.text.words(tokens)[:, :-1]
-        patches = self.model.encode_image(images).memory.repeat_interleave(rows.shape[1], 0)
-        loss = self.model.caption_decoder(words, patches, labels) / count
+        loss = self.model.caption_loss(self.model.encode_image(images), tokens, labels) / count
         return loss, loss
 
 
@@ -83,11 +81,9 @@ class AnswerWriting(Objective):
     names = ("loss", "answer")
 
     def forward(self, images: Tensor, rows: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
-        tokens, decoder = rows[:, :-1], self.model.caption_decoder
+        tokens = rows[:, :-1]
         labels, count = _labels(self.model, tokens, rows[:, -1], group)
-        words, patches = self.model.text.words(tokens)[:, :-1], self.model.encode_image(images).memory
-        # The decoder's own loss would not see the words that have no label, and the question is such.
-        loss = decoder.head(decoder.states(words, patches), labels) / count
+        loss = self.model.caption_loss(self.model.encode_image(images), tokens, labels) / count
         return loss, loss
 
 

@@ -1,7 +1,7 @@
 """What can be asked of a task, checked without importing torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from train.config import Section, require
 
@@ -52,6 +52,8 @@ class TaskOptions(Section):
             the model has learned it.
         rerank: retrieval: the best so many by ITC are ranked anew by matching; none ranks by ITC alone.
         captions: retrieval, captioning: fine-tuning takes so many captions of each image in a step.
+        label_smoothing: captioning: of the cross-entropy, 0..1; none is the model's own, 0.1 where X-VLM is taught to
+            write.
         scst: captioning: fine-tuning rewards CIDEr-D of drawn captions instead of cross-entropy.
         samples: captioning with scst: captions drawn for each image.
         temperature: captioning with scst: of the draws.
@@ -80,6 +82,7 @@ class TaskOptions(Section):
     grounding: Literal["auto", "regress", "heat"] = "auto"
     rerank: int | None = None
     captions: int = 1
+    label_smoothing: float | None = None
     scst: bool = False
     samples: int = 5
     temperature: float = 1.0
@@ -106,6 +109,8 @@ class TaskOptions(Section):
             require(value is None or value >= 1, f"{name}: {value}, needs at least 1")
         require(self.examples >= 0, f"examples: {self.examples}, needs at least 0")
         require(0 < self.layer_decay <= 1, f"layer_decay: {self.layer_decay}, needs to be above 0, at most 1")
+        smoothing = self.label_smoothing
+        require(smoothing is None or 0 <= smoothing < 1, f"label_smoothing: {smoothing}, needs to be in 0..1")
         require(0 < self.temperature < float("inf"), f"temperature: {self.temperature}, needs to be above 0")
         require(self.samples > 1 or self.baseline == "greedy", "samples: 1, baseline=others needs at least 2")
 
@@ -127,6 +132,7 @@ TASKS_OF_OPTIONS = {
     "grounding": ("grounding",),
     "rerank": ("retrieval",),
     "captions": ("retrieval", "captioning"),
+    "label_smoothing": ("captioning",),
     "scst": ("captioning",),
     "samples": ("captioning",),
     "temperature": ("captioning",),
@@ -134,7 +140,9 @@ TASKS_OF_OPTIONS = {
     "layer_decay": ("classification",),
     "named_head": ("classification",),
 }
-TRAINING_ONLY = frozenset(["captions", "scst", "samples", "temperature", "baseline", "layer_decay", "named_head"])
+TRAINING_ONLY = frozenset(
+    ["captions", "label_smoothing", "scst", "samples", "temperature", "baseline", "layer_decay", "named_head"]
+)
 
 
 def check_task(task: str, known: tuple[str, ...], script: str) -> None:
@@ -145,13 +153,23 @@ def check_task(task: str, known: tuple[str, ...], script: str) -> None:
         raise ConfigError(f"{script}: no task '{task}'{nearest(task, known) or '; there are ' + ', '.join(known)}")
 
 
-def check_objectives(task: str, objectives: tuple[str, ...], model: object) -> None:
-    """Raises ConfigError where a model was not trained for what a task asks of it."""
+def check_objectives(task: str, settings: dict[str, Any], model: object, *, teaches: bool = False) -> None:
+    """Raises ConfigError where a model was not trained for what a task asks of it.
+
+    Args:
+        task: its name.
+        settings: from `model_settings`.
+        model: what a refusal names.
+        teaches: fine-tuning for captioning begins with a model that can learn it.
+    """
     needed = _NEEDS.get(task)
+    teachable = needed == ("ic",) and settings["teachable"]
     require(
-        needed is None or set(needed) & set(objectives),
+        needed is None or set(needed) & set(settings["learned"]) or (teaches and teachable and task == "captioning"),
         f"--model {model}: {task} needs a model trained with the objective "
-        f"{' or '.join(repr(name) for name in needed or ())}; it has {', '.join(objectives)}",
+        f"{' or '.join(repr(name) for name in needed or ())}; it has {', '.join(settings['learned'])}"
+        + "; train/finetune.py captioning teaches it to write"
+        * teachable,
     )
 
 

@@ -20,7 +20,6 @@ from train.data.sample import BadSample
 from train.tasks.cider import CiderD
 from train.tasks.likelihood import text_labels
 from train.tasks.objectives import Group, Objective, per_rank
-from train.tasks.outcome import rows_of
 from train.tasks.ptb import ptb_words
 from train.tasks.rows import ReferenceRows
 
@@ -31,7 +30,7 @@ class SelfCritical(Objective):
     """The loss above.
 
     Args:
-        model: with the objective `ic`.
+        model: one that writes captions.
         tokenizer: the model's.
         scorer: rewards.
         samples: captions drawn for each image; `others` needs two.
@@ -77,14 +76,12 @@ class SelfCritical(Objective):
     def forward(self, images: Tensor, tokens: Tensor, rewards: Any, group: Group, shares: Sequence[int]) -> tuple:
         drawn, baseline = (part.to(images.device) for part in rewards)
         advantage = (drawn - baseline).flatten()
-        row = torch.arange(len(images), device=images.device).repeat_interleave(self._samples)
-        features = rows_of(self.model.encode_image(images), row)
         text = self.model.config.text
         labels = text_labels(tokens, torch.ones_like(tokens[:, 0]), text.eot_id)
-        logits = self.model.caption_logits(features, tokens)[:, :-1].float()
+        logits = self.model.caption_logits(self.model.encode_image(images), tokens)[:, :-1].float()
         scored = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[:, :, None]).squeeze(2)
         log_p = scored.masked_fill(labels < 0, 0.0).sum(1)
-        count = per_rank(torch.tensor(len(row), device=images.device), group)
+        count = per_rank(torch.tensor(len(tokens), device=images.device), group)
         return -(advantage * log_p).sum() / count, drawn.mean(), baseline.mean()
 
     def _rewards(self, tokens: Tensor, scores: list) -> Tensor:

@@ -75,7 +75,7 @@ def build_objective(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> 
     if config.task == "retrieval":
         return Plan(Contrast(model), CaptionRows(tokenizer, options.captions), AllCaptions(source), ())
     if config.task == "captioning" and not options.scst:
-        return Plan(Writing(model), CaptionRows(tokenizer, options.captions), AllCaptions(source), ())
+        return Plan(Writing(model), CaptionRows(tokenizer.ended(), options.captions), AllCaptions(source), ())
     if config.task == "captioning":
         scorer = training_frequencies(source)
         drawn = SelfCritical(
@@ -193,7 +193,7 @@ def judge_untuned(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> No
         return
     if task == "zeroshot" and _unnamed(config, tuning.val):
         return
-    if task == "vqa" and not model.config.learns("ic"):
+    if task == "vqa" and not model.config.writes:
         return
     method = vqa_method("auto", facts)
     how: dict[str, Any] = {"method": "rank" if method == "classify" else method}
@@ -208,12 +208,12 @@ def judge_untuned(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> No
 
 def judge_tuned(tuning: Tuning, plan: Plan, tokenizer: Any, device: Any, *, step: int) -> None:
     """Leaves the tuned model in the run's folder, judges it, and shows it beside what it was."""
-    from sycoca.hub import load_pretrained
     from train.export import consolidated
+    from train.tasks.start import starting_model
 
     config, folder = tuning.config, tuning.run_dir / "model"
     state = consolidated(tuning.run_dir / "checkpoints" / f"step_{step:08d}")
-    model = load_pretrained(config.model, device="cpu").model
+    model, _ = starting_model(config, "cpu")
     head = _load(model, plan, state)
     model.save_pretrained(folder, tokenizer=tokenizer)
     method = config.options.vqa if config.task == "vqa" else ""
