@@ -1,5 +1,6 @@
 """open_clip's own CoCa, without the parts of the package that need torchvision."""
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -14,6 +15,9 @@ def coca_class():
     spec = importlib.util.find_spec("open_clip")
     if spec is None:
         pytest.skip("open_clip_torch is not installed")
+    with contextlib.suppress(ImportError):
+        # It looks for torchvision when it is first imported, and must not find what stands in for it here.
+        import transformers  # noqa: F401
     if importlib.util.find_spec("torchvision") is None:
         for name in ("torchvision", "torchvision.ops", "torchvision.ops.misc"):
             sys.modules.setdefault(name, types.ModuleType(name))
