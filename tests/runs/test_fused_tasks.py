@@ -1,5 +1,6 @@
 """Tasks of a model with a fusion encoder as whole commands, on an untrained X-VLM and the built-in scenes."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from tests.runs.conftest import metric_rows
+from tests.runs.faults import Run, finished
 
 pytestmark = pytest.mark.run
 SHORT = "train.steps=12 warmup_steps=2 micro_batch=16 data.workers=0 train.log_every=2 limit=16 examples=1"
@@ -68,7 +70,12 @@ def test_retrieval_is_tuned_with_matching_and_ranked_anew(command, checkout, unt
     assert results["rerank"] == 8 and set(results["itc"]) == {"image_to_text", "text_to_image"}
 
 
-def test_captions_are_taught_judged_and_written(command, checkout, untrained, tmp_path, monkeypatch, capsys):
+def with_judges() -> None:
+    """Undoes that a forked fine-tuning does not judge its models."""
+    importlib.reload(importlib.import_module("train.tasks.tuning"))
+
+
+def test_captions_are_taught_judged_and_written(checkout, untrained, tmp_path, monkeypatch, capsys):
     from sycoca.__main__ import main
     from sycoca.config import ConfigError
     from train import evaluate
@@ -84,12 +91,9 @@ def test_captions_are_taught_judged_and_written(command, checkout, untrained, tm
     assert main(["caption", str(photo), "--model", str(untrained)]) == 2
     assert "has not learned to write; train/finetune.py captioning teaches it" in capsys.readouterr().err
 
-    folder = checkout / "runs" / "captions"
-    done = command(
-        f"python train/finetune.py captioning --config ds_zero2.json --model {untrained} --run-dir {folder} {SHORT}"
-    )
-    assert done.code == 0, done.err[-3000:]
-    rows = metric_rows(folder)
+    folder = tmp_path / "captions"
+    tuned = Run(folder, "captioning", "--model", str(untrained), *SHORT.split(), script="finetune", prepare=with_judges)
+    rows = metric_rows(finished(tuned).run_dir)
     assert rows[-1]["caption"] < 0.9 * rows[0]["caption"]
     before, after = (json.loads((folder / f"{name}.json").read_text())["results"] for name in ("before", "after"))
     assert before["images"] == after["images"] == 16 and before["captions"] != after["captions"]
