@@ -35,6 +35,8 @@ def _parser() -> argparse.ArgumentParser:
         "    --image-data image_data.json\n"
         "  python -m train.data.convert visual-genome attributes.json vg_objects.jsonl --image-data image_data.json\n"
         "  python -m train.data.convert refcoco 'refs(unc).p' refcoco_plus/ --instances instances.json\n"
+        "  python -m train.data.convert refcoco 'refs(unc).p' refcoco_plus/ --instances instances.json \\\n"
+        "    --texts refcoco+_{train,val,test}.json --detections dets.json\n"
         "  python -m train.data.convert flickr30k-entities flickr30k_entities/ entities/ --images flickr30k-images\n",
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
@@ -47,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     refcoco = kinds.add_parser("refcoco", help="RefCOCO, RefCOCO+ or RefCOCOg, a file for each split")
     refcoco.add_argument("annotations", type=Path, help="refs(unc).p, or the same as .json")
     refcoco.add_argument("--instances", type=Path, required=True, help="instances.json beside it")
+    refcoco.add_argument("--texts", type=Path, nargs="+", default=(), help="lists of image, text and ref_id to take")
+    refcoco.add_argument("--detections", type=Path, help="dets.json, boxes to choose among for grounding=detections")
+    refcoco.add_argument("--as-captions", action="store_true", help="the texts are captions of their image as well")
     flickr = kinds.add_parser("flickr30k-entities", help="Flickr30k Entities, a file for each split")
     flickr.add_argument("annotations", type=Path, help="folder with Sentences, Annotations, train.txt, ...")
     for kind in (coco, genome, refcoco, flickr):
@@ -65,7 +70,8 @@ def _lines(arguments: argparse.Namespace, skipped: Skipped) -> Iterator[Line]:
         case "visual-genome":
             return convert_visual_genome.convert(path, arguments.image_data, images, skipped)
         case "refcoco":
-            return convert_refcoco.convert(path, arguments.instances, images, skipped)
+            more = {"texts": arguments.texts, "detections": arguments.detections, "as_captions": arguments.as_captions}
+            return convert_refcoco.convert(path, arguments.instances, images, skipped, **more)
         case _:
             return convert_flickr30k.convert(path, images, skipped)
 
@@ -85,7 +91,12 @@ def _convert(arguments: argparse.Namespace) -> None:
             raise DataError(f"{arguments.kind}: no usable image; {skipped.line() or 'there is none'}")
     for split, count in counts.items():
         print(f"{split + ': ' if split else ''}{count} images")
-    print(f"{boxes} regions; {skipped.line() or 'nothing left out'}")
+    print(_printable(f"{boxes} regions; {skipped.line() or 'nothing left out'}"))
+
+
+def _printable(text: str) -> str:
+    """A text as one line; names and keys of annotations may be no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\n", " ")
 
 
 def _index(patterns: list[str]) -> None:
@@ -107,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
             _convert(arguments)
             print(f"{arguments.out} written in {time.perf_counter() - began:.1f} s")
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(_printable(f"error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from train.data.paths import nearest_path, told
-from train.data.region_lines import offsets_file, read_elem
-from train.data.sample import DataError, Skipped
+from train.data.region_elems import LARGEST_SIDE, read_elem
+from train.data.region_lines import offsets_file
+from train.data.sample import DataError, Skipped, caption_fault
 
 _CHUNK = 1 << 20
+# EXIF's tag of the orientation, and its values for pictures that lie on their side.
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
 
 
 class Line(NamedTuple):
@@ -48,7 +52,7 @@ def stream_list(path: Path) -> Iterator[Any]:
         DataError: the file is not a list, or ends early.
     """
     decoder, buffer, begun = json.JSONDecoder(), "", False
-    with told(path), open(require_file(path), encoding="utf-8-sig", errors="replace") as file:
+    with told(path), open(require_file(path), encoding="utf-8-sig", errors="surrogateescape") as file:
         while True:
             chunk = file.read(_CHUNK)
             buffer += chunk
@@ -87,19 +91,55 @@ def fits(elem: dict[str, Any], width: float, height: float, skipped: Skipped, wh
     return True
 
 
-def number(value: Any) -> bool:
-    """Whether JSON gave a number."""
-    return type(value) in (int, float)
+def key_of(value: Any) -> int | str | None:
+    """What annotations call an image or an object by, a whole number or a text; None for anything else."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    return value if type(value) in (int, str) else None
+
+
+def plain_texts(value: Any) -> Any:
+    """A text, or the texts of a list; None for anything else."""
+    if isinstance(value, list):
+        return [text for text in value if isinstance(text, str)]
+    return value if isinstance(value, str) else None
+
+
+def file_named(value: Any) -> bool:
+    """Whether a value may be the name of a file."""
+    return isinstance(value, str) and caption_fault(value) is None
 
 
 def image_size(entry: dict[str, Any]) -> tuple[float, float] | None:
     """Width and height in pixels that an annotation gives an image; None where it gives none."""
     width, height = entry.get("width"), entry.get("height")
-    return (width, height) if number(width) and number(height) and width > 0 and height > 0 else None
+    return (width, height) if all(type(s) in (int, float) and 0 < s < LARGEST_SIDE for s in (width, height)) else None
+
+
+def stored_size(path: Path) -> tuple[int, int] | None:
+    """Width and height of an image as it is decoded, upright, from its header; None where that cannot be read."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(path) as image:
+                sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
+                return image.size[::-1] if sideways else image.size
+        except Exception:
+            # What cannot be decoded is counted by whoever reads the lines, by cause.
+            return None
+
+
+def alike(stored: tuple[float, float], size: tuple[float, float]) -> bool:
+    """Whether an image may be a copy of another size: of its proportions, but for the rounding of pixels."""
+    across, down = stored[0] / size[0], stored[1] / size[1]
+    return abs(across - down) <= 1 / size[0] + 1 / size[1]
 
 
 class Found:
-    """Looks whether images are there; counts those that are not. Without a folder all are taken to be.
+    """Looks whether images are there, of the proportions that their boxes were drawn in; counts those that are not.
+    Without a folder all are taken to be.
 
     Args:
         folder: of the images, or None.
@@ -111,13 +151,18 @@ class Found:
             raise DataError(f"--images: no folder '{folder}'{nearest_path(folder)}")
         self._folder, self._skipped = folder, skipped
 
-    def __call__(self, *names: str) -> str | None:
-        """The first of some names of an image that is there."""
+    def __call__(self, size: tuple[float, float], *names: str) -> str | None:
+        """The first of some names of an image of this width and height that is there."""
         if self._folder is None:
             return names[0]
-        found = next((name for name in names if (self._folder / name).is_file()), None)
+        found = next((name for name in names if os.path.isfile(self._folder / name)), None)
         if found is None:
             self._skipped.sample(names[0], "image listed but absent")
+            return None
+        stored = stored_size(self._folder / found)
+        if stored is not None and not alike(stored, size):
+            self._skipped.sample(names[0], "image of other proportions than its annotations say")
+            return None
         return found
 
 

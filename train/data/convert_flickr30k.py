@@ -13,7 +13,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from train.data.convert_common import Found, Line, fits
-from train.data.sample import DataError, Skipped
+from train.data.region_elems import LARGEST_SIDE
+from train.data.sample import DataError, Skipped, caption_fault
 
 _PHRASE = re.compile(r"\[/EN#(\d+)(?:/[^\s\]]*)? ([^\]]+)\]")
 _SPLITS = ("train", "val", "test")
@@ -37,8 +38,10 @@ def read_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[tuple[int, .
                 corners = tuple(int(box.findtext(name, "")) for name in _CORNERS)
                 for name in item.iter("name"):
                     boxes.setdefault((name.text or "").strip(), []).append(corners)
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError) as error:
         raise ValueError(str(error)) from None
+    if not all(0 < side < LARGEST_SIDE for side in size):
+        raise ValueError(f"an image of {size[0]} x {size[1]} pixels")
     return size, boxes
 
 
@@ -72,7 +75,7 @@ def convert(folder: Path, images: Path | None, skipped: Skipped) -> Iterator[Lin
 def _line(folder: Path, split: str, name: str, found: Found, skipped: Skipped) -> Line | None:
     try:
         (width, height), boxes = read_boxes(folder / "Annotations" / f"{name}.xml")
-        marked = (folder / "Sentences" / f"{name}.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        marked = (folder / "Sentences" / f"{name}.txt").read_text("utf-8", "surrogateescape").splitlines()
     except FileNotFoundError:
         skipped.sample(name, "image without annotations or sentences")
         return None
@@ -82,6 +85,9 @@ def _line(folder: Path, split: str, name: str, found: Found, skipped: Skipped) -
     captions, elems = [], []
     for text in filter(str.strip, marked):
         caption, phrases = plain_caption(text)
+        if fault := caption_fault(caption):
+            skipped.row(fault, name)
+            continue
         for entity, words in phrases:
             # Scenes and what is not to be seen have numbers and no box.
             if entity not in boxes:
@@ -100,7 +106,7 @@ def _line(folder: Path, split: str, name: str, found: Found, skipped: Skipped) -
     if not elems:
         skipped.sample(name, "image without a usable region")
         return None
-    image = found(f"{name}.jpg")
+    image = found((width, height), f"{name}.jpg")
     if image is None:
         return None
     return Line(split, {"image_rpath": image, "width": width, "height": height, "caption": captions, "elems": elems})

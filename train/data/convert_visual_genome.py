@@ -12,19 +12,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from train.data.convert_common import Found, Line, fits, image_size, read_json, stream_list
+from train.data.convert_common import (
+    Found,
+    Line,
+    file_named,
+    fits,
+    image_size,
+    key_of,
+    plain_texts,
+    read_json,
+    stream_list,
+)
 from train.data.sample import DataError, Skipped
 
 _LISTS = ("regions", "attributes", "objects")
 
 
 def _region(item: dict[str, Any]) -> dict[str, Any]:
-    return {"caption": item.get("phrase"), "bb": [item.get(k) for k in ("x", "y", "width", "height")]}
+    return {"caption": plain_texts(item.get("phrase")), "bb": [item.get(k) for k in ("x", "y", "width", "height")]}
 
 
 def _object(item: dict[str, Any]) -> dict[str, Any]:
-    elem = {"caption": item.get("names"), "bb": [item.get(k) for k in ("x", "y", "w", "h")]}
-    attributes = item.get("attributes")
+    elem = {"caption": plain_texts(item.get("names")), "bb": [item.get(k) for k in ("x", "y", "w", "h")]}
+    attributes = plain_texts(item.get("attributes"))
     return elem | {"attributes": attributes} if attributes else elem
 
 
@@ -34,14 +44,14 @@ def _images(path: Path, skipped: Skipped) -> dict[Any, dict[str, Any]]:
         raise DataError(f"'{path}': no list of images")
     found = {}
     for place, image in enumerate(content):
-        where = f"{path.name}[{place}]"
-        if not isinstance(image, dict) or not isinstance(image.get("image_id"), int) or image_size(image) is None:
+        where, key = f"{path.name}[{place}]", key_of(image.get("image_id")) if isinstance(image, dict) else None
+        if key is None or image_size(image) is None:
             skipped.row("image without id or size", where)
-        elif not isinstance(image.get("url"), str) or "/" not in image["url"]:
+        elif not file_named(image.get("url")) or "/" not in image["url"]:
             skipped.row("image without an address", where)
         else:
             # Both folders of the download hold names that are numbers; the address says which.
-            found[image["image_id"]] = image | {"name": "/".join(image["url"].split("/")[-2:])}
+            found[key] = image | {"name": "/".join(image["url"].split("/")[-2:])}
     if not found:
         raise DataError(f"'{path}': no usable image; {skipped.line() or 'it is empty'}")
     return found
@@ -63,15 +73,15 @@ def convert(annotations: Path, image_data: Path, images: Path | None, skipped: S
         if kind is None:
             skipped.row("image without a list of regions, attributes or objects", where)
             continue
-        image = known.get(entry.get("image_id", entry.get("id")))
+        image = known.get(key_of(entry.get("image_id", entry.get("id"))))
         if image is None:
             skipped.row("regions of an image that is not listed", where)
             continue
-        items = [item for item in entry[kind] if isinstance(item, dict)]
+        items = [item if isinstance(item, dict) else {} for item in entry[kind]]
         elems = [(_region if kind == "regions" else _object)(item) for item in items]
         kept = [elem for elem in elems if fits(elem, *image_size(image), skipped, where)]
         if not kept:
             skipped.sample(image["name"], "image without a usable region")
-        elif (name := found(image["name"], image["name"].rpartition("/")[2])) is not None:
+        elif (name := found(image_size(image), image["name"], image["name"].rpartition("/")[2])) is not None:
             size = {"width": image["width"], "height": image["height"]}
             yield Line("", {"image_rpath": name, **size, "elems": kept})

@@ -1,11 +1,13 @@
 """JSON lines of images with captions, with phrases and boxes, or with both, as X-VLM publishes them.
 
     {"image_rpath": PATH | "binary": BASE64, "caption": TEXT | [TEXT], "width": W, "height": H,
-     "elems": [{"caption": TEXT | [TEXT], "attributes": TEXT | [TEXT], "bb": [x, y, w, h], "caption_index": I}]}
+     "elems": [{"caption": TEXT | [TEXT], "attributes": TEXT | [TEXT], "bb": [x, y, w, h], "caption_index": I}],
+     "detections": [[x, y, w, h]]}
 
 `image` is another name of `image_rpath`; everything but the image is optional, and a line needs a caption or a box.
-`bb` is in pixels of an image of W x H, or of the stored one where the line does not say. A region is called
+Boxes are in pixels of an image of W x H, or of the stored one where the line does not say. A region is called
 "ATTRIBUTE CAPTION" by each of its captions and attributes; `caption_index` is the caption in which its phrase occurs.
+`detections` are boxes of a detector, among which a model chooses that has learned no boxes.
 
 A file's line breaks are looked for once; `FILE.offsets.npy`, which converters leave, spares that.
 """
@@ -23,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
+from train.data.box_augment import Box
 from train.data.image_list import VAL_SHARE, hash_share
 from train.data.order import held_out_rows, mix_array
 from train.data.paths import told
-from train.data.regions import box_fault
+from train.data.region_elems import LARGEST_SIDE, phrases_of, read_box, read_elem, texts_of
 from train.data.sample import BadSample, DataError, Region, Sample, Skipped, Source, caption_fault
 
-LEAST_INSIDE = 0.5
 _OPEN_FILES = 64
 _LARGEST_LINE = 128 << 20
 _CHUNK = 1 << 24
@@ -155,7 +157,7 @@ class Lines(Source):
 
     def _captions(self, entry: dict, where: str) -> tuple[str, ...]:
         kept = []
-        for place, text in enumerate(_texts(entry.get("caption"))):
+        for place, text in enumerate(texts_of(entry.get("caption"))):
             if fault := caption_fault(text):
                 self.skipped.part(f"{where} caption {place}", fault, where)
             else:
@@ -204,15 +206,27 @@ class Lines(Source):
             regions = tuple(self._regions(entry, image.size, len(captions), where))
         if not captions and not regions:
             raise BadSample("line without a usable caption or box", key)
-        return Sample(image, captions, key, regions)
+        detections = None
+        if isinstance(entry.get("detections"), list):
+            detections = tuple(self._detections(entry, image.size, where))
+        return Sample(image, captions, key, regions, detections=detections)
+
+    def file_of(self, index: int) -> str:
+        """The file that a sample is of, without its ending, such as testA."""
+        row = index if self._rows is None else int(self._rows[index])
+        return self._paths[int(np.searchsorted(self._starts, row, side="right")) - 1].stem
+
+    def _detections(self, entry: dict, stored: tuple[int, int], where: str) -> Iterable[Box]:
+        for place, box in enumerate(entry["detections"]):
+            try:
+                yield read_box(box, *_size(entry, stored))
+            except ValueError as error:
+                self.skipped.part(f"{where} detection {place}", f"detection: {error}", where)
 
     def _regions(self, entry: dict, stored: tuple[int, int], captions: int, where: str) -> Iterable[Region]:
-        size = tuple(entry.get(name) for name in ("width", "height"))
-        if not all(type(side) in (int, float) and 0 < side < 1e6 for side in size):
-            size = stored
         for place, elem in enumerate(entry["elems"]):
             try:
-                region = read_elem(elem, *size)
+                region = read_elem(elem, *_size(entry, stored))
             except ValueError as error:
                 self.skipped.part(f"{where} elem {place}", str(error), where)
                 continue
@@ -249,64 +263,15 @@ class Lines(Source):
                 continue
             yield from self._captions(entry, where)
             for elem in entry["elems"] if isinstance(entry.get("elems"), list) else ():
-                if phrases := _phrases(elem):
+                if phrases := phrases_of(elem):
                     yield phrases[0]
+
+
+def _size(entry: dict, stored: tuple[int, int]) -> tuple[float, float]:
+    """Width and height in pixels of what a line's boxes are measured in."""
+    size = tuple(entry.get(name) for name in ("width", "height"))
+    return size if all(type(side) in (int, float) and 0 < side < LARGEST_SIDE for side in size) else stored
 
 
 def _split_of(path: Path) -> str | None:
     return next((split for split in ("train", "val", "test") if path.name.lower().startswith(split)), None)
-
-
-def _texts(value: Any) -> list[str]:
-    """A text or a list of them as a list."""
-    if isinstance(value, str):
-        return [value]
-    return [text if isinstance(text, str) else "" for text in value] if isinstance(value, list) else []
-
-
-def _phrases(elem: Any) -> tuple[str, ...]:
-    """What a region may be called."""
-    if not isinstance(elem, dict):
-        return ()
-    words = [text.strip() for text in _texts(elem.get("caption")) if not caption_fault(text)]
-    attributes = [text.strip() for text in _texts(elem.get("attributes")) if not caption_fault(text)]
-    return tuple(f"{a} {w}" for w in words for a in attributes) if attributes else tuple(words)
-
-
-def read_elem(elem: Any, width: float, height: float) -> Region:
-    """A region as a line gives it.
-
-    Args:
-        elem: of the list `elems`.
-        width: of the image that `bb` is measured in, in pixels.
-        height: likewise.
-
-    Returns:
-        The region, its box clipped to the image.
-
-    Raises:
-        ValueError: why it cannot be used, in words that many share.
-    """
-    if not isinstance(elem, dict):
-        raise ValueError("region is not an object")
-    phrases, box, caption = _phrases(elem), elem.get("bb"), elem.get("caption_index", -1)
-    if not phrases:
-        raise ValueError("region without a phrase")
-    if not isinstance(box, list) or len(box) != 4 or any(type(side) not in (int, float) for side in box):
-        raise ValueError("box of a region is not four numbers")
-    x, y, w, h = map(float, box)
-    whole = x / width, y / height, (x + w) / width, (y + h) / height
-    if not all(abs(side) < 1e6 for side in whole):
-        raise ValueError("box of a region is not four numbers")
-    if w < 0 or h < 0:
-        raise ValueError("box of a region has swapped corners")
-    clipped = tuple(min(1.0, max(0.0, side)) for side in whole)
-    if w > 0 and h > 0 and not (clipped[0] < clipped[2] and clipped[1] < clipped[3]):
-        raise ValueError("box of a region is outside its image")
-    if fault := box_fault(clipped):
-        raise ValueError(fault)
-    inside = (clipped[2] - clipped[0]) * (clipped[3] - clipped[1])
-    if inside < LEAST_INSIDE * (whole[2] - whole[0]) * (whole[3] - whole[1]):
-        raise ValueError("box of a region is mostly outside its image")
-    said = {"phrases": phrases} if len(phrases) > 1 else None
-    return Region(phrases[0], clipped, caption if type(caption) is int and caption >= 0 else -1, said)

@@ -48,8 +48,8 @@ class TaskOptions(Section):
         per_token: choice, pairs: likelihood over the number of tokens.
         classes, templates: zeroshot, classification: the name of a known set, or a file with one a line.
         probe_limit: probe: images that it is fitted to, at most.
-        grounding: how a phrase is located; by regression, by the heat of matching (Grad-CAM), or by regression where
-            the model has learned it.
+        grounding: how a phrase is located; by regression, by the heat of matching (Grad-CAM), by that heat among the
+            boxes of a detector, or by regression where the model has learned it.
         rerank: retrieval: the best so many by ITC are ranked anew by matching; none ranks by ITC alone.
         captions: retrieval, captioning: fine-tuning takes so many captions of each image in a step.
         label_smoothing: captioning: of the cross-entropy, 0..1; none is the model's own, 0.1 where X-VLM is taught to
@@ -79,7 +79,7 @@ class TaskOptions(Section):
     classes: str | None = None
     templates: str | None = None
     probe_limit: int | None = 10_000
-    grounding: Literal["auto", "regress", "heat"] = "auto"
+    grounding: Literal["auto", "regress", "heat", "detections"] = "auto"
     rerank: int | None = None
     captions: int = 1
     label_smoothing: float | None = None

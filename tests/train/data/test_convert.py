@@ -15,7 +15,8 @@ from train.data import open_dataset
 from train.data.convert import main
 from train.data.convert_common import stream_list
 from train.data.convert_flickr30k import plain_caption
-from train.data.region_lines import offsets_file, read_elem, scan_lines
+from train.data.region_elems import read_elem
+from train.data.region_lines import offsets_file, scan_lines
 from train.data.sample import DataError
 
 
@@ -118,6 +119,10 @@ def test_the_page_word_for_word(tmp_path, monkeypatch, capsys):
     dump(tmp_path / "image_data.json", IMAGE_DATA)
     dump(tmp_path / "refcoco+" / "instances.json", INSTANCES)
     (tmp_path / "refcoco+" / "refs(unc).p").write_bytes(pickle.dumps(references(), protocol=2))
+    said = {"image": f"train2014/{3:012d}.jpg", "text": "the dog", "ref_id": 1}
+    for name, content in (("train", []), ("val", []), ("test", [said])):
+        dump(tmp_path / f"refcoco+_{name}.json", content)
+    dump(tmp_path / "dets.json", {"3": [[0, 0, 90, 90]]})
     for name, content in (("Annotations/7.xml", XML), ("Sentences/7.txt", SENTENCES), ("train.txt", "7")):
         dump(tmp_path / "flickr30k_entities" / name, content)
     picture(tmp_path / "flickr30k-images" / "7.jpg")

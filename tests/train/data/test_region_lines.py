@@ -13,7 +13,8 @@ from train.data import BadSample, DataError, check_source, open_dataset, readabl
 from train.data.inspect import main as inspect
 from train.data.prepare import main as prepare
 from train.data.region_batches import region_batches
-from train.data.region_lines import line_offsets, offsets_file, read_elem, scan_lines
+from train.data.region_elems import read_elem
+from train.data.region_lines import line_offsets, offsets_file, scan_lines
 
 ELEM = {"caption": "a red box", "bb": [10, 5, 20, 10]}
 

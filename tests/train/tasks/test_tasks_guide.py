@@ -58,10 +58,12 @@ def place(tmp_path_factory):
     for name in ("cifar10/train.tar", "cifar10/test.tar", "train.tar", "test.tar"):
         labelled(place / name, buffer.getvalue())
     line = {"image_rpath": COCO, "width": 8, "height": 8, "elems": [{"caption": "a dog", "bb": [1, 1, 4, 4]}]}
-    for name, count in (("train", 140), ("val", 2), ("testA", 2)):
-        path = place / "refcoco_plus" / f"{name}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text((json.dumps(line) + "\n") * count, encoding="utf-8")
+    captioned = line | {"caption": ["a dog"], "detections": [[1, 1, 4, 5]]}
+    for folder, entry in (("refcoco_plus", line), ("refcoco_published", captioned)):
+        for name, count in (("train", 140), ("val", 2), ("testA", 2)):
+            path = place / folder / f"{name}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text((json.dumps(entry) + "\n") * count, encoding="utf-8")
     for folder in ("val", "val2014", "train2014", "val2017", "nlvr2"):
         (place / folder).mkdir()
         (place / folder / COCO).write_bytes(buffer.getvalue())
