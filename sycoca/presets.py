@@ -1,5 +1,7 @@
 """The presets of the models, and how many parameters they have."""
 
+from dataclasses import replace
+
 from sycoca.config import (
     CLIP_IDS,
     BertConfig,
@@ -16,6 +18,16 @@ from sycoca.config import (
 
 _OURS = MaskingConfig(score_space="local", ic_mask_prob=0.5, attentive_start=0.3, masked_input="drop")
 _XVLM = ("itc", "itm", "mlm", "bbox")
+
+_XVLM_BASE = ModelConfig(
+    embed_dim=256,
+    vision=VisionConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12),
+    text=TextConfig(context_length=40, vocab_size=30522, width=768, depth=6, heads=12, kind="bidirectional", mask_id=3),
+    caption_decoder=CaptionDecoderConfig(depth=6, heads=12),
+    image_decoder=ImageDecoderConfig(depth=4, width=768, heads=12),
+    fusion=FusionConfig(depth=6, heads=12),
+    objectives=_XVLM,
+)
 
 MODEL_PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
@@ -67,20 +79,10 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
         loss=LossConfig(itm_weight=2.0, mlm_weight=0.5, region_weight=8.0, itm_floor=0.005),
         objectives=_XVLM,
     ),
-    "xvlm_base": ModelConfig(
-        embed_dim=256,
-        vision=VisionConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12),
-        text=TextConfig(
-            context_length=40, vocab_size=30522, width=768, depth=6, heads=12, kind="bidirectional", mask_id=3
-        ),
-        caption_decoder=CaptionDecoderConfig(depth=6, heads=12),
-        image_decoder=ImageDecoderConfig(depth=4, width=768, heads=12),
-        fusion=FusionConfig(depth=6, heads=12),
-        objectives=_XVLM,
-    ),
+    "xvlm_base": _XVLM_BASE,
     # The published form; with transformers.
-    "xvlm_swin_base": ModelConfig(
-        embed_dim=256,
+    "xvlm_swin_base": replace(
+        _XVLM_BASE,
         vision=VisionConfig(
             image_size=224,
             patch_size=32,
@@ -90,20 +92,7 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
             region_form="pooled",
             swin=SwinConfig(embed_width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=7),
         ),
-        text=TextConfig(
-            context_length=40,
-            vocab_size=30522,
-            width=768,
-            depth=6,
-            heads=12,
-            kind="bidirectional",
-            mask_id=3,
-            bert=BertConfig(),
-        ),
-        caption_decoder=CaptionDecoderConfig(depth=6, heads=12),
-        image_decoder=ImageDecoderConfig(depth=4, width=768, heads=12),
-        fusion=FusionConfig(depth=6, heads=12),
-        objectives=_XVLM,
+        text=replace(_XVLM_BASE.text, bert=BertConfig()),
     ),
 }
 

@@ -4,7 +4,7 @@ Nothing here imports torch, so that a mistake is reported at once, before any pr
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import ConfigDict
@@ -74,8 +74,10 @@ class DataConfig(Section):
     """`train` and `val` are sources as `open_dataset` takes them; without `val` the training source's own val part.
 
     `crop_scale` is the range of a random crop's share of the area; None crops the centre. `flip` is the share of
-    pictures shown mirrored, which makes captions that say left and right wrong; texts with boxes are spared that. A run
-    stops when it finds more than `max_left_out` of the training samples unusable.
+    pictures shown mirrored, which makes captions that say left and right wrong; texts with boxes are spared that.
+    `randaugment` is how many of its operations are drawn for a picture, and their strength in 0..10; texts with boxes
+    are spared those that move pixels. A run stops when it finds more than `max_left_out` of the training samples
+    unusable.
     `tokenizer` is a file, clip, or learned from the captions: bpe, or wordpiece for a bidirectional text encoder.
     `regions` is the source of texts with boxes; None takes the training source. An image gives at most `max_regions` of
     them, its own caption, in `whole_share` of the cases, among them; `region_crop` shows it cropped about one of them.
@@ -88,6 +90,7 @@ class DataConfig(Section):
     tokenizer: str = "clip"
     crop_scale: tuple[float, float] | None = (0.9, 1.0)
     flip: float = 0.0
+    randaugment: tuple[int, float] | None = None
     max_left_out: float = 0.1
     regions: str | None = None
     max_regions: int = 5
@@ -100,6 +103,10 @@ class DataConfig(Section):
         if self.crop_scale is not None:
             low, high = self.crop_scale
             require(0 < low <= high <= 1, f"crop_scale: {self.crop_scale}, needs 0 < low <= high <= 1")
+        if self.randaugment is not None:
+            count, strength = self.randaugment
+            fits = count >= 1 and 0 <= strength <= 10
+            require(fits, f"randaugment: {count},{strength}, needs at least 1 operation of a strength in 0..10")
 
 
 @dataclass(frozen=True)
@@ -244,6 +251,15 @@ def require_batch(train: TrainConfig, source: str, samples: int, world: int) -> 
     )
 
 
+_XVLM_BASE = RunConfig(
+    preset="xvlm_base",
+    model=MODEL_PRESETS["xvlm_base"],
+    optimizer=OptimizerConfig(lr=1e-4, eps=1e-8, weight_decay=0.01),
+    schedule=ScheduleConfig(name="linear", warmup_steps=2500),
+    data=DataConfig(tokenizer="wordpiece", crop_scale=(0.2, 1.0), flip=0.5, randaugment=(2, 7)),
+    train=PretrainConfig(steps=200_000, micro_batch=128, region_batch=128),
+)
+
 PRESETS: dict[str, RunConfig] = {
     "tiny": RunConfig(
         preset="tiny",
@@ -289,22 +305,8 @@ PRESETS: dict[str, RunConfig] = {
             precision="fp32",
         ),
     ),
-    "xvlm_base": RunConfig(
-        preset="xvlm_base",
-        model=MODEL_PRESETS["xvlm_base"],
-        optimizer=OptimizerConfig(lr=1e-4, eps=1e-8, weight_decay=0.01),
-        schedule=ScheduleConfig(name="linear", warmup_steps=2500),
-        data=DataConfig(tokenizer="wordpiece", crop_scale=(0.2, 1.0), flip=0.5),
-        train=PretrainConfig(steps=200_000, micro_batch=128, region_batch=128),
-    ),
-    "xvlm_swin_base": RunConfig(
-        preset="xvlm_swin_base",
-        model=MODEL_PRESETS["xvlm_swin_base"],
-        optimizer=OptimizerConfig(lr=1e-4, eps=1e-8, weight_decay=0.01),
-        schedule=ScheduleConfig(name="linear", warmup_steps=2500),
-        data=DataConfig(tokenizer="wordpiece", crop_scale=(0.2, 1.0), flip=0.5),
-        train=PretrainConfig(steps=200_000, micro_batch=128, region_batch=128),
-    ),
+    "xvlm_base": _XVLM_BASE,
+    "xvlm_swin_base": replace(_XVLM_BASE, preset="xvlm_swin_base", model=MODEL_PRESETS["xvlm_swin_base"]),
 }
 
 

@@ -80,6 +80,7 @@ class Inputs(NamedTuple):
             "whole_share": config.data.whole_share,
             "crop": config.data.region_crop,
             "flip": config.data.flip,
+            "randaugment": config.data.randaugment,
         }
         per_epoch = region_batches(source, self.tokenizer, **options).batches_per_epoch
         epoch, start = divmod(first, per_epoch)
@@ -113,6 +114,7 @@ class Inputs(NamedTuple):
             workers=config.data.workers,
             crop_scale=config.data.crop_scale,
             flip=config.data.flip,
+            randaugment=config.data.randaugment,
             described_in=patches,
         )
         # Skips found while training belong beside those found while opening.

@@ -165,6 +165,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
     _check_options(config, ds)
     train, val = _open(config, world)
     regions = _open_regions(config, train)
+    config, spared = _without_colours(config, [train, regions], asked="data.randaugment" in overrides)
     _check_boxes(config, train)
     check_end(config, config.train.total_steps(len(train), world), newest)
     _check_tokenizer(config)
@@ -179,7 +180,7 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
         args.reshape,
         args.trust_checkpoint,
         args.restart,
-        _notes(config),
+        (*_notes(config), *spared),
     )
     if config.train.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"train.wandb={config.train.wandb}: Weights & Biases is not installed: pip install wandb")
@@ -262,12 +263,28 @@ def _open_regions(config: RunConfig, train: Source) -> Source | None:
         raise ConfigError(f"data.regions: {error}") from None
 
 
+def _without_colours(
+    config: RunConfig, sources: list[Source | None], *, asked: bool
+) -> tuple[RunConfig, tuple[str, ...]]:
+    """Leaves out RandAugment where captions name exact colours, and says so; refuses it where it was asked for."""
+    exact = next((source.name for source in sources if source is not None and source.exact), None)
+    if config.data.randaugment is None or exact is None:
+        return config, ()
+    reason = f"captions of {exact} name exact colours, which equalising changes"
+    if asked:
+        raise ConfigError(f"data.randaugment: {reason}; data.randaugment=none")
+    data = replace(config.data, randaugment=None)
+    return replace(config, data=data), (f"data.randaugment left out: {reason}",)
+
+
 def _check_boxes(config: RunConfig, train: Source) -> None:
     if not config.model.needs_boxes:
         return
-    for key, value, wanted in (("crop_scale", config.data.crop_scale, "none"), ("flip", config.data.flip or None, "0")):
+    data = config.data
+    moving = ("crop_scale", data.crop_scale, "none"), ("flip", data.flip or None, "0")
+    for key, value, wanted in (*moving, ("randaugment", data.randaugment, "none")):
         if value is not None:
-            raise ConfigError(f"data.{key}: the oracle's boxes do not follow crops and mirroring; data.{key}={wanted}")
+            raise ConfigError(f"data.{key}: the oracle's boxes do not follow it; data.{key}={wanted}")
     if next((sample.regions for _, sample in readable(train)), None) is None:
         raise ConfigError(f"data.train={config.data.train}: the oracle of model.masking needs boxes, and it has none")
 

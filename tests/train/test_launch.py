@@ -475,3 +475,19 @@ def test_the_oracle_needs_boxes_that_follow_the_picture(launch, tmp_path):
     (tmp_path / "t.tsv").write_text("\n".join(rows) + "\n")
     with pytest.raises(ConfigError, match="needs boxes, and it has none"):
         launch("mask_by=oracle", "--data", str(tmp_path / "t.tsv"), "micro_batch=1", "local_group=1")
+
+
+def test_augmentation_of_colours_spares_captions_that_name_them(launch, tmp_path):
+    left_out = launch("--preset", "xvlm_base")
+    assert left_out.config.data.randaugment is None
+    assert any("data.randaugment left out: captions of scenes name exact colours" in note for note in left_out.notes)
+    with pytest.raises(ConfigError, match=r"data\.randaugment: captions of scenes name exact colours"):
+        launch("data.randaugment=2,7")
+    with pytest.raises(ConfigError, match=r"data\.randaugment: 0,7\.0, needs at least 1 operation of a strength"):
+        launch("data.randaugment=0,7")
+    table = tmp_path / "t.tsv"
+    table.write_text("image\tcaption\n" + "".join(f"{n}.png\ta dog\n" for n in range(2000)), encoding="utf-8")
+    plain = launch("--preset", "xvlm_base", "--data", str(table), "--run-dir", str(tmp_path / "run"))
+    assert plain.config.data.randaugment == (2, 7) and not plain.notes
+    with pytest.raises(ConfigError, match="name exact colours"):
+        launch("--data", f"{table}=0.5,scenes=0.5", "data.randaugment=2,7")

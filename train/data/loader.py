@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sycoca.images import center_image, crop_box, normalise, random_image
 from train.data.ahead import Fault, Loader, Maker, Tickets
-from train.data.order import CAPTION, CROP, SEED, STAND_IN, mix, mix_array
+from train.data.order import AUGMENT, CAPTION, CROP, SEED, STAND_IN, mix, mix_array
+from train.data.randaugment import randaugment
 from train.data.sample import BadSample, DataError, Sample, Source
 from train.evaluation import described_area
 
@@ -58,6 +59,7 @@ class _Pairs(Maker):
         self.context_length = form["context_length"]
         self.crop_scale = form["crop_scale"]
         self.flip = form["flip"]
+        self.randaugment = form["randaugment"]
         self.normalised = form["normalised"]
         self.patch_size = form["described_in"]
 
@@ -112,7 +114,11 @@ class _Pairs(Maker):
             picture = random_image(image, self.image_size, draws, scale=self.crop_scale)
         # The last draw, so that crops are the same with and without it.
         mirrored = self.flip > 0 and draws.random() < self.flip
-        return picture[:, ::-1] if mirrored else picture, caption, key, None
+        picture = picture[:, ::-1] if mirrored else picture
+        if self.randaugment is not None:
+            draws = np.random.Generator(np.random.Philox(key=mix(self.seed, epoch, number, AUGMENT)))
+            picture = randaugment(picture, draws, *self.randaugment)
+        return picture, caption, key, None
 
     def _described(self, sample: Sample, pick: int) -> tuple[np.ndarray, str, str, Tensor]:
         """The centre of a sample's image with one caption, and what of its patches that caption describes."""
@@ -139,6 +145,7 @@ def batches(
     workers: int = 0,
     crop_scale: tuple[float, float] | None = (0.9, 1.0),
     flip: float = 0.0,
+    randaugment: tuple[int, float] | None = None,
     normalised: bool = True,
     described_in: int | None = None,
     pin_memory: bool | None = None,
@@ -161,6 +168,7 @@ def batches(
         workers: processes that make batches ahead; 0 makes each when it is asked for.
         crop_scale: range of a random crop's share of the area; None crops the centre.
         flip: share of pictures that are mirrored.
+        randaugment: operations drawn for each picture and their strength, 0..10; None does none.
         normalised: fp32 images ready for the model, rather than uint8 pictures for `sycoca.images.normalise`.
         described_in: side in pixels of the patches whose described share is wanted, or None; the picture is then the
             centre of the image, which boxes can follow.
@@ -173,8 +181,8 @@ def batches(
         DataError: the source has fewer samples than a global batch.
         ValueError: `world` and `parts` do not divide `global_batch`, or a place that is not in the epoch.
     """
-    if described_in is not None and (crop_scale is not None or flip):
-        raise ValueError("batches: boxes do not follow random crops and mirroring; crop_scale=None, flip=0")
+    if described_in is not None and (crop_scale is not None or flip or randaugment):
+        raise ValueError("batches: boxes follow no augmentation; crop_scale=None, flip=0, randaugment=None")
     if global_batch < 1 or parts < 1 or global_batch % (world * parts) or not 0 <= rank < world:
         raise ValueError(
             f"batches: global_batch {global_batch}, rank {rank}, world {world} and parts {parts} do not agree"
@@ -190,6 +198,7 @@ def batches(
         "context_length": context_length,
         "crop_scale": crop_scale,
         "flip": flip,
+        "randaugment": randaugment,
         "normalised": normalised,
         "described_in": described_in,
     }

@@ -49,6 +49,7 @@ class Mixture(Source):
             part.skipped = self.skipped
         self._parts = parts
         self.far = any(part.far for part in parts)
+        self.exact = any(part.exact for part in parts)
         self._sizes = np.array([len(part) for part in parts])
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
         self._owners = np.repeat(np.arange(len(parts)), places := _places(weights))

@@ -15,7 +15,7 @@ _STEP = 0x9E3779B97F4A7C15
 _ROUNDS = 6
 
 # What a word is for, so that no two uses share one.
-ORDER, STAND_IN, CAPTION, CROP, SEED, PLACES, REGIONS = range(1, 8)
+ORDER, STAND_IN, CAPTION, CROP, SEED, PLACES, REGIONS, AUGMENT = range(1, 9)
 
 
 def _finalise_int(z: int) -> int:

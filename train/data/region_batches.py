@@ -26,7 +26,8 @@ from sycoca.images import as_pil, normalise, resized_crop
 from sycoca.regions import RegionBatch, cells
 from train.data.ahead import Fault, Loader, Maker, Tickets
 from train.data.box_augment import choose_view, seen_box
-from train.data.order import CAPTION, CROP, REGIONS, SEED, STAND_IN, mix
+from train.data.order import AUGMENT, CAPTION, CROP, REGIONS, SEED, STAND_IN, mix
+from train.data.randaugment import randaugment
 from train.data.regions import box_fault, united
 from train.data.sample import BadSample, DataError, Region, Sample, Source
 
@@ -89,6 +90,7 @@ class Form(NamedTuple):
     whole_share: float
     crop: bool
     flip: float
+    randaugment: tuple[int, float] | None
 
 
 class _NoRegion(BadSample):
@@ -195,7 +197,11 @@ class _Elements(Maker):
             if box is not None and len(elements) < form.max_regions:
                 elements.append(Element(said[i], box, region_kind(regions[i], said[i])))
         picture = resized_crop(sample.image, view.crop, form.image_size)
-        return _Seen(picture[:, ::-1] if view.mirrored else picture, elements, sample.key, number)
+        picture = picture[:, ::-1] if view.mirrored else picture
+        if form.randaugment is not None:
+            colours = np.random.Generator(np.random.Philox(key=mix(self.seed, epoch, number, AUGMENT)))
+            picture = randaugment(picture, colours, *form.randaugment, geometric=False)
+        return _Seen(picture, elements, sample.key, number)
 
     def _usable(self, sample: Sample) -> list[Region]:
         """The regions of a sample, each once."""
@@ -277,6 +283,7 @@ def region_batches(
     whole_share: float = 1.0,
     crop: bool = True,
     flip: float = 0.0,
+    randaugment: tuple[int, float] | None = None,
     pack: int | None = None,
     pin_memory: bool | None = None,
 ) -> Loader:
@@ -300,6 +307,7 @@ def region_batches(
         whole_share: share of the images whose caption is an element, where they have one, 0..1.
         crop: each view is a crop about a box drawn; otherwise the image is seen whole.
         flip: share of the views that are mirrored where no text says left or right, 0..1.
+        randaugment: operations drawn for each picture and their strength, 0..10; None does none. No pixels move.
         pack: elements that are filled together; None for the largest common divisor of a rank's elements and `PACK`.
             Equal packs give equal global batches, whatever the number of ranks.
         pin_memory: page-locked tensors; None where CUDA is.
@@ -309,11 +317,16 @@ def region_batches(
 
     Raises:
         DataError: no region in the source, or too few images for a global batch.
-        ValueError: the packs of a global batch cannot be shared out evenly, or a place that is not in the epoch.
+        ValueError: the packs of a global batch cannot be shared out evenly, a rank would have none, or a place that is
+            not in the epoch.
     """
+    if not 0 <= rank < world:
+        raise ValueError(f"region batches: rank {rank} of {world}")
+    if elements < world:
+        raise ValueError(f"region batches: {elements} elements for {world} ranks; each takes at least one")
     if pack is None:
-        pack = gcd(elements // max(1, world), PACK)
-    if elements < 1 or pack < 1 or elements % (pack * world) or not 0 <= rank < world:
+        pack = gcd(elements // world, PACK)
+    if pack < 1 or elements % (pack * world):
         raise ValueError(
             f"region batches: {elements} elements are no whole number of packs of {pack} on each of {world} ranks "
             f"(rank {rank})"
@@ -332,6 +345,6 @@ def region_batches(
         raise ValueError(f"region batches: no batch {start} in epoch {epoch}")
     epoch, start = epoch + start // per_epoch, start % per_epoch
     local = packs // world
-    form = Form(image_size, tuple(grid), context_length, max_regions, whole_share, crop, flip)
+    form = Form(image_size, tuple(grid), context_length, max_regions, whole_share, crop, flip, randaugment)
     maker = _Elements(dataset, tokenizer, seed, form, _Plan(pack, images, packs, rank * local, local))
     return Loader(maker, Tickets(epoch, start, per_epoch, epochs), workers, pin_memory)

@@ -71,7 +71,8 @@ class Question(NamedTuple):
 class Sample(NamedTuple):
     """An image, all its captions, and what is known of its parts.
 
-    `image` is a PIL image or a uint8 array (height, width, 3).
+    `image` is a PIL image or a uint8 array (height, width, 3). `detections` are boxes (x0, y0, x1, y1) as shares of the
+    sides that a detector found, without words.
     """
 
     image: Any
@@ -79,6 +80,7 @@ class Sample(NamedTuple):
     key: str
     regions: tuple[Region, ...] | None = None
     questions: tuple[Question, ...] | None = None
+    detections: tuple[tuple[float, float, float, float], ...] | None = None
 
     def described(self, caption: int = 0) -> tuple[Region, ...]:
         """The regions that a caption speaks of.
@@ -177,6 +179,7 @@ class Source:
 
     `fresh` says that every epoch has samples of its own: epoch e holds the indices e * len(self) + i.
     `repeats` says that an epoch may show a sample more than once.
+    `exact` says that captions name exact colours.
     `far` says that samples come over a network, so that it helps to name them ahead, by about `reach` samples.
     `skipped` accounts for what was left out while the source was opened.
     """
@@ -185,6 +188,7 @@ class Source:
     split: str
     fresh: bool = False
     repeats: bool = False
+    exact: bool = False
     far: bool = False
     reach: int = 0
     skipped: Skipped

@@ -151,6 +151,8 @@ class Scenes(Source):
         fresh: whether each epoch of the training split has scenes of its own.
     """
 
+    exact = True
+
     def __init__(
         self, split: str, *, seed: int = 0, image_size: int = 64, count: int | None = None, fresh: bool = True
     ) -> None:

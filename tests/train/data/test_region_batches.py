@@ -124,6 +124,12 @@ def test_any_share_can_be_taken():
     assert torch.equal(whole.regions.boxes[:24], first.regions.boxes)
 
 
+@pytest.mark.parametrize(("elements", "world"), [(0, 1), (-4, 1), (3, 4)])
+def test_every_rank_has_an_element(elements, world):
+    with pytest.raises(ValueError, match=f"{elements} elements for {world} ranks; each takes at least one"):
+        take(1, Boxes(MIXED), elements=elements, world=world)
+
+
 def test_any_place_can_be_resumed_from():
     source = Boxes(MIXED[:48])
     whole = take(9, source)
