@@ -99,7 +99,7 @@ def load_backbones(model: "XVLM", *, vision: str | None = None, text: str | None
 
     Args:
         model: whole, of a configuration as `like_swin` and `like_bert` make it.
-        vision: folder of a Swin, or its name on the hub.
+        vision: folder of a Swin, or its name on the hub; for windows of another side its tables are interpolated.
         text: of a BERT; its second half goes to the fusion encoder, its head, where it has one, to the masked words.
 
     Returns:
@@ -110,9 +110,12 @@ def load_backbones(model: "XVLM", *, vision: str | None = None, text: str | None
     """
     own, state = model.state_dict(), {}
     if vision is not None:
+        from sycoca.weights import resize_windows
+
         require(model.config.vision.swin, f"{vision}: a Swin, and model.vision.swin is none")
         wanted = [key for key in own if begins_given(key, vision=True, text=False)]
-        state |= _fitting(vision, _swin_state(vision), own, wanted)
+        given = resize_windows(_swin_state(vision), model.config.vision.swin.window)
+        state |= _fitting(vision, given, own, wanted)
     if text is not None:
         require(model.config.text.bert, f"{text}: a BERT, and model.text.bert is none")
         wanted = [key for key in own if begins_given(key, vision=False, text=True)]

@@ -25,7 +25,7 @@ from sycoca.model import SyCoCa
 from sycoca.openclip_files import OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, SUFFIXES, read_openclip
 from sycoca.presets import MODEL_PRESETS
 from sycoca.tokenizer import Tokenizer
-from sycoca.weights import WeightsError, load_into, read_weights, resize_positions
+from sycoca.weights import WeightsError, load_into, read_weights, resize_positions, resize_windows
 from sycoca.xvlm import build_model
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,6 +44,7 @@ def load_pretrained(
     *,
     device: torch.device | str = "cpu",
     image_size: int | None = None,
+    swin_window: int | None = None,
     revision: str | None = None,
     config: str | None = None,
     correct_cls_mask: bool = False,
@@ -57,6 +58,7 @@ def load_pretrained(
         device: where the model computes.
         image_size: pixels, a multiple of the patch size, where it shall differ from the one the model was trained at;
             positions are interpolated.
+        swin_window: cells of a side of a Swin's windows, where it shall differ; its tables are interpolated.
         revision: branch, tag or commit of a repository of the hub.
         config: what a weight file alone is of: the name of a CoCa of open_clip, or a JSON file like theirs.
         correct_cls_mask: open_clip's weights were trained with its flag of this name.
@@ -86,7 +88,7 @@ def load_pretrained(
             check_normalisation(found / PREPROCESSING, how.get("image_mean"), how.get("image_std"))
         tokenizer = read_tokenizer(found, made)
         state = read_weights(found / WEIGHTS)
-    model = build(state, made, tokenizer, source=str(found), image_size=image_size)
+    model = build(state, made, tokenizer, source=str(found), image_size=image_size, swin_window=swin_window)
     return Pretrained(model.to(device).eval(), tokenizer, model.config)
 
 
@@ -115,11 +117,23 @@ def create_model(name: str, **changes: Any) -> SyCoCa:
 
 
 def build(
-    state: dict, config: ModelConfig, tokenizer: Tokenizer, *, source: str, image_size: int | None = None
+    state: dict,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    source: str,
+    image_size: int | None = None,
+    swin_window: int | None = None,
 ) -> SyCoCa:
-    """The model of a configuration with the given weights, its positions fitted to the image size."""
-    if image_size is not None and image_size != config.vision.image_size:
-        config = replace(config, vision=replace(config.vision, image_size=image_size))
+    """The model of a configuration with the given weights, its positions fitted to image size and windows."""
+    vision = config.vision
+    image_size, swin = image_size or vision.image_size, vision.swin
+    if swin_window is not None:
+        if swin is None:
+            raise WeightsError(f"swin_window={swin_window}: {source} has no Swin")
+        swin, state = replace(swin, window=swin_window), resize_windows(state, swin_window)
+    config = replace(config, vision=replace(vision, image_size=image_size, swin=swin))
+    if image_size != vision.image_size:
         for name in ("vision.sequence.pos", "image_decoder.pos", "fusion.places.pos"):
             if name in state:
                 state[name] = resize_positions(state[name], config.vision.grid)

@@ -1,6 +1,7 @@
 """Weights in files: read without running anybody's code, fitted to a model key by key, refused in one line.
 
-Positions of a patch grid are interpolated where only the grid differs (bicubic, antialiased, as open_clip does it).
+Positions of a patch grid are interpolated where only the grid differs (bicubic, antialiased, as open_clip does it), and
+a Swin's tables of relative positions where only the window does (bicubic, as Swin does it).
 """
 
 import os
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 _SHOWN = 5
+_TABLE = "relative_position_bias_table"
 # How torch names what it would not unpickle.
 _GLOBAL = re.compile(r"(?:GLOBAL|global|Unsupported class) ([\w.]+)")
 
@@ -147,6 +149,21 @@ def resize_positions(pos: Tensor, grid: tuple[int, int]) -> Tensor:
     image = pos.float().view(1, side, side, -1).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=grid, mode="bicubic", antialias=True, align_corners=False)
     return image.permute(0, 2, 3, 1).reshape(grid[0] * grid[1], -1).to(pos.dtype)
+
+
+def resize_windows(state: Mapping[str, Tensor], window: int) -> dict[str, Tensor]:
+    """Weights whose tables of relative positions ((2 w' - 1)^2, H) are those of windows of another side, in cells."""
+    return {name: _resized(table, 2 * window - 1) if name.endswith(_TABLE) else table for name, table in state.items()}
+
+
+def _resized(table: Tensor, side: int) -> Tensor:
+    """Biases (s'^2, H) of s' x s' relative positions, interpolated to (side^2, H)."""
+    old = round(table.shape[0] ** 0.5)
+    if old == side:
+        return table
+    image = table.float().view(1, old, old, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=(side, side), mode="bicubic", align_corners=False)
+    return image.permute(0, 2, 3, 1).reshape(side * side, -1).to(table.dtype)
 
 
 def _first_line(error: Exception) -> str:

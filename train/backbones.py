@@ -39,7 +39,8 @@ def check_sizes(config: RunConfig) -> None:
     """Refuses an override of what the named encoders decide."""
     old = leaves(config.model)
     for key, value in leaves(_sized(config)).items():
-        if old.get(key) != value and not key.endswith(("dropout", "drop_path")):
+        # Windows of another side take interpolated tables.
+        if old.get(key) != value and not key.endswith(("dropout", "drop_path", "swin.window")):
             part = "vision" if key.startswith("vision.") else "text"
             name = getattr(config.pretrained, part)
             raise ConfigError(f"pretrained.{part}={name}: model.{key} is {value} there, not {old.get(key)}")

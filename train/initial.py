@@ -64,8 +64,21 @@ def begin(model, config: RunConfig) -> list[str]:
         raise ConfigError(f"pretrained: {error}") from None
 
 
+def given_weights(config: RunConfig) -> dict:
+    """The weights of the model that a run starts from, by name, fitted to the run's picture size and windows.
+
+    Raises:
+        ValueError: nothing there, or not such a model; one line.
+    """
+    from sycoca.hub import load_pretrained
+
+    vision = config.model.vision
+    window = None if vision.swin is None else vision.swin.window
+    return load_pretrained(config.init, image_size=vision.image_size, swin_window=window).model.state_dict()
+
+
 def load_initial(model, config: RunConfig) -> list[str]:
-    """Gives the model's parameters their values; image positions are interpolated. All ranks call it.
+    """Gives the model's parameters their values; positions are interpolated. All ranks call it.
 
     Args:
         model: SyCoCa, partitioned by ZeRO 3 or whole.
@@ -81,7 +94,6 @@ def load_initial(model, config: RunConfig) -> list[str]:
     import torch
     import torch.distributed as dist
 
-    from sycoca.hub import load_pretrained
     from sycoca.weights import load_into
     from sycoca.xvlm import build_model
 
@@ -89,7 +101,7 @@ def load_initial(model, config: RunConfig) -> list[str]:
         plain = build_model(config.model)
     shapes = {name: p.shape for name, p in plain.state_dict().items()}
     try:
-        given = load_pretrained(config.init, image_size=config.model.vision.image_size).model.state_dict()
+        given = given_weights(config)
         for part in FRESH:
             ours, theirs = (
                 {name: shape for name, shape in names.items() if name.startswith(part + ".")}

@@ -452,8 +452,8 @@ def test_with_a_network_the_hub_is_asked(monkeypatch, published):
 
 def test_weights_that_do_not_fit_are_refused_in_one_line(published, config, tmp_path):
     name = str(published["swin"])
-    other = replace(config.vision, swin=replace(config.vision.swin, window=4))
-    with pytest.raises(ConfigError, match=r"relative_position_bias_table \(25, 1\), the model has \(49, 1\)"):
+    other = replace(config.vision, swin=replace(config.vision.swin, heads=(2, 2)))
+    with pytest.raises(ConfigError, match=r"relative_position_bias_table \(25, 1\), the model has \(25, 2\)"):
         load_backbones(build_model(replace(config, vision=other)), vision=name)
     with pytest.raises(ConfigError, match=r"a Swin, and model.vision.swin is none"):
         load_backbones(build_model(replace(config, vision=MICRO_XVLM.vision)), vision=name)
