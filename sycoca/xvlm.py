@@ -188,7 +188,12 @@ class XVLM(SyCoCa):
             masked: its texts with hidden words, where these are learned.
             spread: over the ranks, which have equally many texts each where the shares of pairs are known.
             counts: what `forward` has summed over the ranks already.
+
+        Raises:
+            ValueError: no text, or no image.
         """
+        if not len(regions.ids) or not len(regions.images):
+            raise ValueError(f"region batch: {len(regions.ids)} texts of {len(regions.images)} images; needs some")
         weight = self.config.loss
         counts = _shares(self._region_counts(regions, masked), spread) if counts is None else counts
         text = self.encode_text(regions.tokens)

@@ -2,8 +2,8 @@
 
 Acc@0.5: share of the phrases whose box is found with an intersection over union of at least one half. Beside it three
 predictors that do not know the phrase: one box for all images, the best of training boxes on training boxes; the
-model's own answer to another phrase of the same image; and the box of each image that most of its phrases have, which
-no predictor of one box per image can beat.
+model's own answer to another phrase of the same image, one that speaks of another box; and the box of each image that
+most of its phrases have, which no predictor of one box per image can beat.
 ITM: share of right verdicts, matching and not matching pairs weighed alike, the latter drawn by the model itself among
 `_GROUP` images or boxes, hard ones: with the floor of the sampler, whatever that of training.
 
@@ -27,6 +27,7 @@ from train.data.region_batches import region_kind, text_id
 from train.data.regions import asked_of
 from train.data.sample import Sample, readable
 from train.evaluation_pairs import HeldOut
+from train.grounding import same_boxes
 
 _GROUP = 64
 _HIT = 0.5
@@ -165,9 +166,22 @@ def _count_boxes(located: Tensor, boxes: Tensor, owner: Tensor, fixed: Tensor | 
         mine, answers = boxes[owner == row], located[owner == row]
         agree = iou(mine[:, None], mine[None]) >= _HIT
         counts.add("best", agree.sum(0).max())
-        if len(mine) > 1:
-            counts.add("several", len(mine))
-            counts.add("other", (iou(answers.roll(1, 0), mine) >= _HIT).sum())
+        asked, other = _others(mine)
+        counts.add("several", len(asked))
+        counts.add("other", (iou(answers[other], mine[asked]) >= _HIT).sum())
+
+
+def _others(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """The phrases of an image (M,) for which there is one of another box, and the nearest such before each, cyclically.
+
+    Args:
+        boxes: (E, 4), those of the phrases.
+    """
+    number = torch.arange(len(boxes), device=boxes.device)
+    back = (number[:, None] - number).remainder(len(boxes)).masked_fill(same_boxes(boxes), len(boxes))
+    least, other = back.min(1)
+    asked = least < len(boxes)
+    return number[asked], other[asked]
 
 
 def _count_matches(

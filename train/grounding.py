@@ -46,6 +46,11 @@ def best_fixed_box(targets: Tensor) -> tuple[Tensor, float]:
     return best, accuracy(iou(best[None], targets))
 
 
+def same_boxes(boxes: Tensor) -> Tensor:
+    """Which of the boxes (E, 4) are the same box, (E, E) bool."""
+    return iou(boxes[:, None], boxes[None]) > 1 - 1e-6
+
+
 def right_choices(found: Tensor, targets: Tensor, groups: Sequence[int]) -> Tensor:
     """Whether a box overlaps its target most among all boxes of its image.
 
@@ -64,7 +69,7 @@ def right_choices(found: Tensor, targets: Tensor, groups: Sequence[int]) -> Tens
     for mine in rows.values():
         listed = targets[mine].double()
         overlaps = iou(found[mine][:, None], listed[None])
-        same = iou(listed[:, None], listed[None]) > 1 - 1e-6
+        same = same_boxes(listed)
         own = overlaps.diagonal()
         beaten = ((overlaps >= own[:, None]) & ~same).any(1) | ~(own > 0)
         result[mine, 0] = (~beaten).double()

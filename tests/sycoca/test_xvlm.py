@@ -12,7 +12,7 @@ from sycoca.config import ConfigError, LossConfig
 from sycoca.hub import load_pretrained
 from sycoca.masking import StepPlan
 from sycoca.model import parameter_groups
-from sycoca.regions import cells, whole
+from sycoca.regions import RegionBatch, cells, whole
 from sycoca.tokenizer import Tokenizer
 from sycoca.xvlm import XVLM, XBatch
 from tests.sycoca.micro import MICRO, gradients
@@ -334,3 +334,12 @@ def test_a_folder_holds_it_all(tmp_path):
     assert isinstance(again, XVLM) and torch.equal(*found)
     larger = load_pretrained(tmp_path, image_size=24).model
     assert larger.fusion.places.pos.shape == larger.vision.sequence.pos.shape == (36, 32)
+
+
+def test_a_region_batch_without_texts_or_images_is_refused_by_name():
+    model, batch = build(MICRO_XVLM), step(MICRO_XVLM, [3, 4], [2, 3, 4])
+    none = RegionBatch(*(part if name == "images" else part[:0] for name, part in batch.regions._asdict().items()))
+    with pytest.raises(ValueError, match="region batch: 0 texts of 2 images"):
+        model.region_losses(none)
+    with pytest.raises(ValueError, match="region batch: 3 texts of 0 images"):
+        model.region_losses(batch.regions._replace(images=batch.regions.images[:0]))

@@ -17,7 +17,7 @@ from tests.sycoca.micro_xvlm import MICRO_XVLM
 from train.data import open_dataset
 from train.data.region_batches import region_batches
 from train.evaluation_pairs import HeldOut
-from train.evaluation_regions import judge, phrases_of, region_lines
+from train.evaluation_regions import _count_boxes, _Counts, _others, judge, phrases_of, region_lines
 from train.tasks.grounding import evaluate as evaluate_grounding
 from train.tasks.options import TaskOptions
 
@@ -53,6 +53,24 @@ def test_right_answers(judged, monkeypatch):
     # The fixed box is one of the training boxes, here the best of the same scenes.
     hits = max((iou(box.expand_as(boxes), boxes) >= 0.5).double().mean().item() for box in boxes)
     assert 1 / len(boxes) <= found["fixed_box"] <= hits + 1e-9 or found["fixed_box"] == pytest.approx(hits, abs=0.1)
+
+
+def test_another_phrase_speaks_of_another_box():
+    """Phrases of one box answer one another, which compares nothing; those of an image of one box are left out."""
+    one, two, three = [0.2, 0.2, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2], [0.7, 0.2, 0.2, 0.2]
+    boxes = torch.tensor([one, one, two, one, two, two, three, one])
+    owner = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3])
+    counts = _Counts()
+    # Every phrase is answered rightly.
+    _count_boxes(boxes, boxes, owner, None, counts)
+    assert counts._sums["phrases"] == counts._sums["hits"] == 8
+    assert counts._sums["several"] == 4 and counts._sums["other"] == 0
+    # The one answer of the picture is that of its third phrase, which is the nearest other one of all but itself.
+    counts = _Counts()
+    _count_boxes(torch.where(owner[:, None] == 0, torch.tensor(two), boxes), boxes, owner, None, counts)
+    assert counts._sums["several"] == 4 and counts._sums["other"] == 1
+    asked, other = _others(boxes[:4])
+    assert list(zip(asked.tolist(), other.tolist())) == [(0, 2), (1, 2), (2, 1), (3, 2)]
 
 
 def test_one_answer_to_all(judged, monkeypatch):
