@@ -108,6 +108,7 @@ class TextConfig(Strict):
         mask_id: of [MASK], for masked words.
         sep: whether [SEP], whose id is `eot_id`, ends the words of a bidirectional encoder.
         writes: whether a bidirectional encoder and the fusion encoder have been taught to write captions.
+        prompt: words that every caption has been taught to begin with, which are not part of it.
         bert: makes text and fusion encoder of BERT's layers.
     """
 
@@ -125,6 +126,7 @@ class TextConfig(Strict):
     mask_id: int | None = None
     sep: bool = False
     writes: bool = False
+    prompt: str = ""
     bert: BertConfig | None = None
 
     def __post_init__(self) -> None:

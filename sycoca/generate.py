@@ -18,7 +18,17 @@ from sycoca.fused_captioner import FusedCached
 from sycoca.masking import hash_int
 from sycoca.sampling import Constraints, draw
 
-__all__ = ["Caption", "Decoding", "Generated", "generate", "generate_from", "generate_scored", "generate_tokens"]
+__all__ = [
+    "Caption",
+    "Decoding",
+    "Generated",
+    "generate",
+    "generate_from",
+    "generate_scored",
+    "generate_tokens",
+    "opening",
+    "unable",
+]
 
 
 class Generated(NamedTuple):
@@ -87,10 +97,11 @@ def generate_scored(
     """`num_return` captions of each image with their scores; otherwise as `generate_from`."""
     B = len(image_features.patches)
     _, most = Decoding.of(options).lengths(model.config.text.context_length)
-    ids = None if prompt is None else _prompt_ids(tokenizer, prompt, B, most)
-    found = generate_tokens(model, image_features, prompt=ids, **options)
+    before = opening(model, tokenizer)
+    asked = [[]] * B if prompt is None else _prompt_ids(tokenizer, prompt, B, most)
+    found = generate_tokens(model, image_features, prompt=[before + ids for ids in asked], **options)
     rows, lengths = found.tokens.flatten(0, 1).tolist(), found.lengths.flatten().tolist()
-    texts = tokenizer.decode([row[:length] for row, length in zip(rows, lengths)])
+    texts = tokenizer.decode([row[1 + len(before) : length] for row, length in zip(rows, lengths)])
     captions = map(Caption, texts, found.scores.flatten().tolist(), found.normalised.flatten().tolist())
     return [[next(captions) for _ in range(found.tokens.shape[1])] for _ in range(B)]
 
@@ -109,7 +120,8 @@ def generate_tokens(
     Args:
         model: one that writes captions (`model.config.writes`).
         image_features: of B images, by `model.encode_image`.
-        prompt: ids that each of the B captions begins with, of any lengths, [SOT] not included.
+        prompt: ids that each of the B captions begins with, of any lengths, [SOT] not included; those of `opening`
+            first, where the model has been taught one.
         session: what decoding remembers, from model, features and the most tokens of a caption; by default each key
             and value that the model computes.
         options: fields of `Decoding`.
@@ -165,6 +177,12 @@ def generate_tokens(
         raise ValueError("generate: the model's logits are not numbers (NaN); its weights or the images are broken")
     lengths = lengths.masked_fill(scores.isneginf(), 0)
     return Generated(tokens[:, :, : max(1, int(lengths.max()))], lengths, scores, normalised)
+
+
+def opening(model: Any, tokenizer: Any) -> list[int]:
+    """Ids of the words that a model has been taught to begin every caption with, [SOT] not included."""
+    text = model.config.text
+    return _prompt_ids(tokenizer, text.prompt, 1, text.context_length)[0] if text.prompt else []
 
 
 def greedy(log_probs: Tensor, position: int) -> Tensor:

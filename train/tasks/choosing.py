@@ -40,6 +40,8 @@ def evaluate_pairs(model: Any, tokenizer: Any, source: Any, *, options: Any, dev
 
 
 def _by_likelihood(model: Any, tokenizer: Any, images: Any, rows: list[int], prompts, texts, options, device) -> list:
+    # A text behind no question is a caption, and begins as the model has learned that captions do.
+    prompts = [prompt or model.config.text.prompt for prompt in prompts]
     sequences = prompted(tokenizer, prompts, texts, model.config.text.context_length)
     sequences = sequences._make(part.to(device) for part in sequences)
     sums, counts = log_likelihood(model, images, torch.tensor(rows, device=device), sequences)

@@ -58,13 +58,22 @@ class Contrast(Objective):
 
 
 class Writing(Objective):
-    """Cross-entropy of K captions of each image; the whole image is seen."""
+    """Cross-entropy of K captions of each image; the whole image is seen.
+
+    Args:
+        model: one that writes captions.
+        opening: first tokens of every caption, [SOT] not among them, that are not counted.
+    """
 
     names = ("loss", "caption")
 
+    def __init__(self, model: nn.Module, opening: int = 0) -> None:
+        super().__init__(model)
+        self._first = 1 + opening
+
     def forward(self, images: Tensor, rows: Tensor, ids: Tensor | None, group: Group, shares: Sequence[int]) -> tuple:
         tokens = rows.flatten(0, 1)
-        labels, count = _labels(self.model, tokens, torch.ones_like(tokens[:, 0]), group)
+        labels, count = _labels(self.model, tokens, torch.full_like(tokens[:, 0], self._first), group)
         loss = self.model.caption_loss(self.model.encode_image(images), tokens, labels) / count
         return loss, loss
 

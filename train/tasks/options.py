@@ -54,6 +54,7 @@ class TaskOptions(Section):
         captions: retrieval, captioning: fine-tuning takes so many captions of each image in a step.
         label_smoothing: captioning: of the cross-entropy, 0..1; none is the model's own, 0.1 where X-VLM is taught to
             write.
+        prompt: captioning: fine-tuning has captions begin with it, neither counted nor shown; none is the model's own.
         scst: captioning: fine-tuning rewards CIDEr-D of drawn captions instead of cross-entropy.
         samples: captioning with scst: captions drawn for each image.
         temperature: captioning with scst: of the draws.
@@ -83,6 +84,7 @@ class TaskOptions(Section):
     rerank: int | None = None
     captions: int = 1
     label_smoothing: float | None = None
+    prompt: str | None = None
     scst: bool = False
     samples: int = 5
     temperature: float = 1.0
@@ -133,6 +135,7 @@ TASKS_OF_OPTIONS = {
     "rerank": ("retrieval",),
     "captions": ("retrieval", "captioning"),
     "label_smoothing": ("captioning",),
+    "prompt": ("captioning",),
     "scst": ("captioning",),
     "samples": ("captioning",),
     "temperature": ("captioning",),
@@ -141,7 +144,17 @@ TASKS_OF_OPTIONS = {
     "named_head": ("classification",),
 }
 TRAINING_ONLY = frozenset(
-    ["captions", "label_smoothing", "scst", "samples", "temperature", "baseline", "layer_decay", "named_head"]
+    [
+        "captions",
+        "label_smoothing",
+        "prompt",
+        "scst",
+        "samples",
+        "temperature",
+        "baseline",
+        "layer_decay",
+        "named_head",
+    ]
 )
 
 

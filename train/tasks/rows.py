@@ -30,14 +30,15 @@ class CaptionRows:
     Args:
         tokenizer: the model's.
         captions: K.
+        prompt: what each begins with.
     """
 
-    def __init__(self, tokenizer: Any, captions: int) -> None:
-        self._tokenizer, self._captions = tokenizer, captions
+    def __init__(self, tokenizer: Any, captions: int, prompt: str = "") -> None:
+        self._tokenizer, self._captions, self._before = tokenizer, captions, f"{prompt} " if prompt else ""
 
     def encode(self, texts: Sequence[str], context_length: int) -> Tensor:
         said = [json.loads(text) for text in texts]
-        chosen = [captions[i % len(captions)] for captions in said for i in range(self._captions)]
+        chosen = [self._before + captions[i % len(captions)] for captions in said for i in range(self._captions)]
         return self._tokenizer.encode(chosen, context_length).view(len(said), self._captions, -1)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sycoca.generate import generate_tokens
+from sycoca.generate import generate_tokens, opening
 from train.data.sample import BadSample
 from train.tasks.cider import CiderD
 from train.tasks.likelihood import text_labels
@@ -53,16 +53,17 @@ class SelfCritical(Objective):
         super().__init__(model)
         self._tokenizer, self._scorer = tokenizer, scorer
         self._samples, self._temperature, self._baseline = samples, temperature, baseline
+        self._opening = opening(model, tokenizer)
 
     @torch.no_grad()
     def inputs(self, images: Tensor, rows: Tensor, ids: Tensor | None, seed: int) -> tuple:
         """Images, drawn captions (B * K, T), and their rewards (B, K) beside the baselines (B, K) or (B, 1)."""
         self.model.eval()
         features = self.model.encode_image(images)
-        drawn = generate_tokens(
-            self.model, features, num_return=self._samples, temperature=self._temperature, seed=seed
-        )
-        greedy = generate_tokens(self.model, features) if self._baseline == "greedy" else None
+        prompt = [self._opening] * len(images)
+        draws = {"num_return": self._samples, "temperature": self._temperature, "seed": seed}
+        drawn = generate_tokens(self.model, features, prompt=prompt, **draws)
+        greedy = generate_tokens(self.model, features, prompt=prompt) if self._baseline == "greedy" else None
         self.model.train()
         references = [[ptb_words(said) for said in captions] for captions in ReferenceRows.decode(rows)]
         scores = [self._scorer.against(refs) for refs in references]
@@ -77,7 +78,7 @@ class SelfCritical(Objective):
         drawn, baseline = (part.to(images.device) for part in rewards)
         advantage = (drawn - baseline).flatten()
         text = self.model.config.text
-        labels = text_labels(tokens, torch.ones_like(tokens[:, 0]), text.eot_id)
+        labels = text_labels(tokens, torch.full_like(tokens[:, 0], 1 + len(self._opening)), text.eot_id)
         logits = self.model.caption_logits(self.model.encode_image(images), tokens)[:, :-1].float()
         scored = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[:, :, None]).squeeze(2)
         log_p = scored.masked_fill(labels < 0, 0.0).sum(1)
@@ -86,7 +87,7 @@ class SelfCritical(Objective):
 
     def _rewards(self, tokens: Tensor, scores: list) -> Tensor:
         """Rewards (B, R) of captions (B, R, T)."""
-        texts = iter(self._tokenizer.decode(tokens.flatten(0, 1)))
+        texts = iter(self._tokenizer.decode(tokens[:, :, 1 + len(self._opening) :].flatten(0, 1)))
         return torch.tensor([[score(ptb_words(next(texts))) for _ in range(tokens.shape[1])] for score in scores])
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from sycoca.config import ConfigError, to_dict
+from sycoca.generate import opening
 from sycoca.model import parameter_groups
 from train.data import DataError, LoadedBatch, batches
 from train.data.region_batches import region_batches
@@ -75,7 +76,8 @@ def build_objective(tuning: Tuning, model: Any, tokenizer: Any, device: Any) -> 
     if config.task == "retrieval":
         return Plan(Contrast(model), CaptionRows(tokenizer, options.captions), AllCaptions(source), ())
     if config.task == "captioning" and not options.scst:
-        return Plan(Writing(model), CaptionRows(tokenizer.ended(), options.captions), AllCaptions(source), ())
+        rows = CaptionRows(tokenizer.ended(), options.captions, model.config.text.prompt)
+        return Plan(Writing(model, len(opening(model, tokenizer))), rows, AllCaptions(source), ())
     if config.task == "captioning":
         scorer = training_frequencies(source)
         drawn = SelfCritical(

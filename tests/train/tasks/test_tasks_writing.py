@@ -9,25 +9,29 @@ import torch
 import torch.distributed as dist
 
 from sycoca.config import ConfigError
-from sycoca.generate import generate
+from sycoca.generate import generate, generate_tokens, opening
 from sycoca.tokenizer import Tokenizer
 from sycoca.xvlm import XVLM
 from tests.ranks import run_ranks
 from tests.sycoca.micro import uniform
 from tests.train.tasks.test_tasks_fused import CONFIG, CPU, FEW, SIZE
+from train.config import PRESETS
 from train.data import open_dataset
+from train.initial import started_from
+from train.tasks.cider import CiderD
 from train.tasks.facts import model_settings
 from train.tasks.judge import judge
 from train.tasks.launch import Tuning, TuningData, defaults
 from train.tasks.likelihood import text_labels
 from train.tasks.objectives import Writing
 from train.tasks.options import check_answering, check_objectives
-from train.tasks.rows import CaptionRows
+from train.tasks.rows import CaptionRows, ReferenceRows
+from train.tasks.scst import SelfCritical
 from train.tasks.sources import open_source
-from train.tasks.start import able_to_write
+from train.tasks.start import able_to_write, starting_model
 from train.tasks.tuning import build_objective, training_groups, tuning_batches
 
-SAID = ["a red star", "two blue discs on a table", "green", "a star above a small red heart"]
+SAID = ["a red star", "a blue ring below a green square", "green", "a small red heart"]
 T = CONFIG.text.context_length
 
 
@@ -56,20 +60,34 @@ def test_a_text_that_is_written_ends(tokenizer):
 
 
 def test_four_images_are_learned_by_heart(model, tokenizer):
+    """Behind a prompt, which is neither counted nor shown."""
     torch.manual_seed(0)
-    model, images = deepcopy(model), uniform(4, 3, SIZE, SIZE, salt=5)
-    objective = Writing(model).train()
+    model, images = able_to_write(model, prompt=" there  is"), uniform(4, 3, SIZE, SIZE, salt=5)
+    before = opening(model, tokenizer)
+    assert tokenizer.decode([before]) == ["there is"] and len(before) < 5
+    objective = Writing(model, len(before)).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    tokens = rows(tokenizer, SAID)
-    for _ in range(80):
+    said = [f'["{caption}"]' for caption in SAID]
+    tokens = CaptionRows(tokenizer.ended(), 1, model.config.text.prompt).encode(said, T)
+    assert tokens[:, 0, 1 : 1 + len(before)].tolist() == [before] * 4
+    for _ in range(120):
         loss, _ = objective(*objective.inputs(images, tokens, None, 0), None, [4])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        # What smoothing leaves over is 0.9.
+        if loss < 1.0:
+            break
     model.eval()
+    # Of the prompt nothing was learned but what follows it.
+    assert generate_tokens(model, model.encode_image(images)).tokens[0, 0, 1 : 1 + len(before)].tolist() != before
     assert generate(model, tokenizer, images) == SAID
     assert generate(model, tokenizer, images[[2, 0]], num_beams=3) == [SAID[2], SAID[0]]
-    assert generate(model, tokenizer, images[1:2], prompt="two blue") == SAID[1:2]
+    assert generate(model, tokenizer, images[1:2], prompt="a blue") == SAID[1:2]
+    drawn = SelfCritical(model, tokenizer, CiderD([[("a",)]]), samples=2, temperature=1.0, baseline="others")
+    references = ReferenceRows().encode(said, T)
+    _, taken, (rewards, _) = drawn.inputs(images, references, None, 1)
+    assert taken[:, 1 : 1 + len(before)].tolist() == [before] * 8 and rewards.shape == (4, 2)
 
 
 def test_ranks_share_one_mean_over_all_words(model, tokenizer):
@@ -156,6 +174,20 @@ def test_who_may_write_and_who_may_be_taught(model, tokenizer, tmp_path):
             check_objectives(task, settings["matches"], "m")
     with pytest.raises(ConfigError, match=r"it has itc, itm, bbox$"):
         check_objectives("captioning", settings["causal"], "m", teaches=True)
+
+
+def test_a_prompt_leaves_room_for_captions(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "taught", tokenizer=tokenizer)
+    config = defaults("captioning", str(tmp_path / "taught"), has_cuda=False)
+    asked = replace(config, options=replace(config.options, prompt="a red star " * 8))
+    with pytest.raises(ConfigError, match=r"leaves no room for a caption within 24 tokens"):
+        starting_model(asked, CPU)
+    found, _ = starting_model(replace(config, options=replace(config.options, prompt="a picture of")), CPU)
+    found.save_pretrained(tmp_path / "prompted", tokenizer=tokenizer)
+    again, _ = starting_model(replace(config, model=str(tmp_path / "prompted")), CPU)
+    assert again.config == found.config and again.config.text.prompt == "a picture of"
+    # Pre-training that starts from it goes on to write.
+    assert started_from(PRESETS["xvlm_tiny"], str(tmp_path / "prompted")).model.text == found.config.text
 
 
 def test_pre_training_does_not_claim_it_untaught(tmp_path):
