@@ -34,6 +34,9 @@ _YOUNGER = {
     "model.masking.tgmim_start": 0.0,
     "model.vision.swin": None,
     "model.text.bert": None,
+    "model.text.writes": False,
+    "model.text.prompt": "",
+    "data.randaugment": None,
     "pretrained": {"anew_rate": 2.0, "text": None, "vision": None},
 }
 
