@@ -9,6 +9,10 @@ import torch
 from PIL import Image
 
 from tests.runs.conftest import metric_rows
+from tests.train.data.test_convert import dump
+from tests.train.data.test_convert_refcoco import DETECTIONS, convert, published
+
+__all__ = ["published"]
 from tests.runs.faults import Run, finished
 
 pytestmark = pytest.mark.run
@@ -108,3 +112,17 @@ def test_captions_are_taught_judged_and_written(checkout, untrained, tmp_path, m
     assert main(["caption", str(photo), "--model", str(folder), "--prompt", "a", "--num-beams", "2"]) == 0
     written = capsys.readouterr().out.rstrip("\n").split("\t")
     assert written[0] == str(photo) and written[1].startswith("a")
+
+
+def test_published_lists_are_converted_and_judged_among_detections(command, checkout, untrained, published):
+    """From the published files to figures of testA and testB."""
+    dump(published / "dets.json", DETECTIONS | {"5": [[0, 0, 12, 10]]})
+    assert convert(published, "--images", published / "images", "--detections", published / "dets.json") == 0
+    data = f"--model {untrained} --data '{published / 'out'}?images={published / 'images'}' --out {published}"
+    judged = command(f"python train/evaluate.py grounding {data} --split test grounding=detections")
+    assert judged.code == 0 and "by file" in judged.out, judged.err[-3000:]
+    (path,) = published.glob("grounding-*-test.json")
+    results = json.loads(path.read_text())["results"]
+    assert results["by_file"].keys() == {"testA", "testB", "all"} and results["without_detections"] == 1
+    # The only box of testB's detector overlaps the true one by 100 / 120.
+    assert results["Acc@0.5 of the best detection"] == 0.5

@@ -62,15 +62,21 @@ def read_region(item) -> Region:
         raise ValueError("region without a phrase")
     if "\ufffd" in phrase:
         raise ValueError("phrase of a region is not UTF-8")
+    box = read_shares(box)
+    if type(caption) is not int:
+        raise ValueError("caption of a region is not a whole number")
+    attributes = item.get("attributes")
+    return Region(phrase, box, caption, attributes if isinstance(attributes, dict) else None)
+
+
+def read_shares(box) -> tuple[float, float, float, float]:
+    """A box (x0, y0, x1, y1) in 0..1 of its image, clipped to it; ValueError as `read_region` raises it."""
     if not isinstance(box, list) or len(box) != 4 or any(type(side) not in (int, float) for side in box):
         raise ValueError("box of a region is not four numbers")
     if fault := box_fault(box):
         raise ValueError(fault)
     x0, y0, x1, y1 = (min(1.0, max(0.0, float(side))) for side in box)
-    if type(caption) is not int:
-        raise ValueError("caption of a region is not a whole number")
-    attributes = item.get("attributes")
-    return Region(phrase, (x0, y0, x1, y1), caption, attributes if isinstance(attributes, dict) else None)
+    return x0, y0, x1, y1
 
 
 class RegionFile:

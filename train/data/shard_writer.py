@@ -3,7 +3,7 @@
 Member          content
 NUMBER.jpg      the image as it was stored, or smaller where that was asked for
 NUMBER.txt      the captions, one a line
-NUMBER.json     {"key", "captions", "regions"}
+NUMBER.json     {"key", "captions", "regions", "detections"}
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def _described(sample: Sample) -> bytes:
             | ({"attributes": r.attributes} if r.attributes else {})
             for r in sample.regions
         ]
+    if sample.detections is not None:
+        data["detections"] = [list(box) for box in sample.detections]
     return json.dumps(data).encode()
 
 

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from train.data.box_augment import Box
 from train.data.fetch import FetchError
 from train.data.image_list import VAL_SHARE, hash_share
 from train.data.order import ORDER, held_out_rows, mix, mix_array, shuffled
 from train.data.paths import told
-from train.data.regions import read_region
+from train.data.regions import read_region, read_shares
 from train.data.sample import BadSample, DataError, Region, Sample, Skipped, Source, caption_fault
 from train.data.shard_cache import ShardCache
 from train.data.shard_index import REMOTE, Shard, read_index
@@ -308,7 +309,8 @@ class Shards(Source):
 
     def __getitem__(self, index: int) -> Sample:
         captions, key, data = self._words(index, boxed=True)
-        return Sample(self._image(index, key), captions, key, self._regions(index, data, key))
+        regions, detections = self._regions(index, data, key), self._detections(index, data, key)
+        return Sample(self._image(index, key), captions, key, regions, detections=detections)
 
     def pair(self, index: int, pick: int):
         captions, key, _ = self._words(index)
@@ -327,6 +329,17 @@ class Shards(Source):
                 continue
             regions.append(region._replace(caption=kept.index(region.caption) if region.caption in kept else -1))
         return tuple(regions)
+
+    def _detections(self, index: int, data: dict, key: str) -> tuple[Box, ...] | None:
+        if not isinstance(data.get("detections"), list):
+            return None
+        found = []
+        for place, box in enumerate(data["detections"]):
+            try:
+                found.append(read_shares(box))
+            except ValueError as error:
+                self._note(index, f"detection {place}", f"detection: {error}", key)
+        return tuple(found)
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._words(index)[0]

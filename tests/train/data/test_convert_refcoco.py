@@ -7,6 +7,7 @@ import pytest
 from tests.train.data.test_convert import box, dump, image, lines, picture
 from train.data import open_dataset
 from train.data.convert import main
+from train.data.prepare import main as prepare
 
 INSTANCES = {
     "images": [image(1), image(3), image(4), image(5)],
@@ -100,6 +101,15 @@ def test_lists_and_references_become_region_lines(published, capsys):
     assert [tests.file_of(index) for index in range(len(tests))] == ["testA", "testB"]
     found = open_dataset(f"{published / 'out'}?images={published / 'images'}", "train")[0]
     assert found.detections == ((0.09, 0.12, 0.59, 0.62), (0.75, 0.5, 1.0, 1.0)) and found.captions == ()
+
+
+def test_shards_keep_the_detections(published, capsys):
+    assert convert(published, "--detections", published / "dets.json", "--images", published / "images") == 0
+    lines_of, shards = f"{published / 'out'}?images={published / 'images'}", published / "shards"
+    assert prepare([lines_of, str(shards), "--workers", "1"]) == 0
+    for split in ("train", "val", "test"):
+        before, after = open_dataset(lines_of, split), open_dataset(str(shards), split)
+        assert [s.detections for s in before] == [s.detections for s in after] and len(before)
 
 
 def test_a_list_of_detections_by_image(published):
