@@ -134,8 +134,8 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_the_counted_tokens(config):
     expected = F.cross_entropy(logits[counted], labels[counted], label_smoothing=0.1, reduction="sum")
     expected.backward()
     theirs = gradients(model)
-    for packs in (True, False):
-        model.text.packs = packs
+    for packs, recompute in ((True, "nothing"), (False, "nothing"), (True, "blocks"), (True, "all but products")):
+        model.text.packs, model.text.recompute, model.fusion.recompute = packs, recompute, recompute
         model.zero_grad()
         loss = model.caption_loss(seen(model), tokens, labels)
         loss.backward()
