@@ -1,4 +1,4 @@
-"""Decoding with and without memory of keys and values: `python -m bench.generation [--full]`.
+"""Decoding with and without memory of keys and values: `python -m bench.generation [--full] [--preset NAME]`.
 
 Rows in `bench/results/generation.jsonl`: captions of 64 tokens, one thread, the processor's time. The session without
 memory computes the vocabulary at the last position only, as the one with memory does.
@@ -15,23 +15,28 @@ from bench import rows
 from bench.measure import interleaved
 from sycoca.cache import Cached, Recomputed
 from sycoca.decode_step import lay_out
+from sycoca.fused_captioner import FusedCached, FusedRecomputed
 from sycoca.generate import Generated, generate_tokens
-from sycoca.model import SyCoCa
 from sycoca.presets import MODEL_PRESETS
+from sycoca.xvlm import build_model
 
 TOKENS = 64
-SESSIONS = {"cached": Cached, "recomputed": Recomputed}
+# Of a captioning decoder, and of X-VLM's fusion encoder.
+SESSIONS = {"cached": (Cached, FusedCached), "recomputed": (Recomputed, FusedRecomputed)}
 # (preset, images, beams)
 CASES = [("tiny", 1, 1), ("tiny", 8, 1), ("small", 1, 1), ("small", 8, 1), ("small", 32, 1), ("small", 8, 4)]
-LARGE = [("base_16", 1, 1), ("base_16", 1, 4)]
+CASES += [("xvlm_tiny", 8, 1), ("xvlm_tiny", 8, 4)]
+LARGE = [("base_16", 1, 1), ("base_16", 1, 4), ("xvlm_base", 1, 1)]
 
 
 def writers(preset: str, images: int, beams: int, device: torch.device) -> dict[str, Callable[[], Generated]]:
     """What writes captions of exactly `TOKENS` tokens with a preset's sizes, by session."""
     config = MODEL_PRESETS[preset]
-    config = replace(config, text=replace(config.text, context_length=max(TOKENS, config.text.context_length)))
+    fused = not config.learns("ic")
+    room = max(TOKENS, config.text.context_length)
+    config = replace(config, text=replace(config.text, context_length=room, writes=fused))
     torch.manual_seed(0)
-    model = SyCoCa(config).to(device).eval()
+    model = build_model(config).to(device).eval()
     if device.type == "cpu":
         lay_out(model)
     side = config.vision.image_size
@@ -39,8 +44,8 @@ def writers(preset: str, images: int, beams: int, device: torch.device) -> dict[
         features = model.encode_image(torch.randn(images, 3, side, side, device=device))
     options: dict[str, Any] = {"num_beams": beams, "min_length": TOKENS, "max_length": TOKENS}
     return {
-        name: lambda session=session: generate_tokens(model, features, session=session, **options)
-        for name, session in SESSIONS.items()
+        name: lambda session=kinds[fused]: generate_tokens(model, features, session=session, **options)
+        for name, kinds in SESSIONS.items()
     }
 
 
@@ -68,13 +73,15 @@ def measure(preset: str, images: int, beams: int, device: torch.device, rounds: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="base_16 as well")
+    parser.add_argument("--full", action="store_true", help="base_16 and xvlm_base as well")
+    known = sorted({preset for preset, *_ in (*CASES, *LARGE)})
+    parser.add_argument("--preset", choices=known, help="of this one alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for case in CASES:
-        measure(*case, torch.device("cpu"), rounds=3)
-    for case in LARGE if options.full else ():
-        measure(*case, torch.device("cpu"), rounds=1)
+    for cases, rounds in ((CASES, 3), (LARGE if options.full else [], 1)):
+        for case in cases:
+            if options.preset in (None, case[0]):
+                measure(*case, torch.device("cpu"), rounds=rounds)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sycoca.cache import Cached, GrowingKeysValues
+from sycoca.cache import Cached, GrowingKeysValues, Recomputed
 from sycoca.decode_step import FusionStep, SelfStep, fits
 from sycoca.decoders import asked
 from sycoca.fusion import Seen
@@ -103,6 +103,19 @@ class FusedCached(Cached):
         for step, growth in zip(told, self._told.growths()):
             step(x, growth)
         return x
+
+
+class FusedRecomputed(Recomputed):
+    """A session without memory, and the meaning of `FusedCached`. Arguments as there."""
+
+    def __init__(self, model: "XVLM", image_features: "ImageFeatures", room: int) -> None:
+        super().__init__(model, image_features, room)
+        self._image = image_features
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        self._prefix = torch.cat((self._prefix, tokens), dim=1)
+        x = _states(self._model, self._image, self._prefix, None)[:, -1]
+        return _words(self._model, self._model.word_head(x)).float()
 
 
 def _memory(table: Tensor, seen: Seen, heads: int) -> KeysValues:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sycoca import fused_captioner
 from sycoca.config import BertConfig, ConfigError
 from sycoca.decode_step import lay_out
-from sycoca.fused_captioner import FusedCached
+from sycoca.fused_captioner import FusedCached, FusedRecomputed
 from sycoca.generate import generate_tokens
 from sycoca.hub import load_pretrained
 from sycoca.tokenizer import Tokenizer
@@ -174,21 +174,6 @@ def test_decoding_step_by_step_is_the_teacher_forced_pass(config, way, monkeypat
         assert logits.shape == (4, 10, 37)
 
 
-class Anew:
-    """A session without memory."""
-
-    def __init__(self, model, image, room):
-        self.model, self.image = model, image
-        self.prefix = torch.empty(len(image.patches), 0, dtype=torch.int64)
-
-    def advance(self, tokens):
-        self.prefix = torch.cat([self.prefix, tokens], 1)
-        return self.model.caption_logits(self.image, self.prefix)[:, -1]
-
-    def select(self, rows):
-        self.prefix = self.prefix[rows]
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 3, "num_return": 2}, {"temperature": 1.0, "num_return": 3, "seed": 4}], ids=str
 )
@@ -197,7 +182,7 @@ def test_captions_are_those_of_a_session_without_memory(options):
     with torch.no_grad():
         found, anew = (
             generate_tokens(model, seen(model), prompt=[[7], [9, 8]], session=session, **options)
-            for session in (None, Anew)
+            for session in (None, FusedRecomputed)
         )
     assert torch.equal(found.tokens, anew.tokens) and torch.allclose(found.scores, anew.scores, atol=1e-4)
 
