@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import models, pre_tokenizers, processors
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from sycoca import hub_file
 from sycoca.backbones import begins_given, like_bert, like_swin, load_backbones
 from sycoca.config import BertConfig, ConfigError, ModelConfig, SwinConfig
+from sycoca.fused_captioner import FusedCached, FusedRecomputed
 from sycoca.hub import create_model, load_pretrained
 from sycoca.masking import StepPlan
 from sycoca.mlm import mask_words
@@ -34,6 +36,8 @@ from train.drops import seed_drops
 from train.launch import parse
 from train.optim import build_optimizer, set_learning_rate
 from train.param_groups import pretraining_groups
+from train.tasks.likelihood import text_labels
+from train.tasks.start import able_to_write
 
 transformers = pytest.importorskip("transformers")
 PLAN = StepPlan(False, False)
@@ -263,6 +267,33 @@ def test_what_is_dropped_follows_the_step(published, model, config):
     assert totals[5, 0][0] == totals[5, 0][1] and len({value[0] for value in totals.values()}) == 3
     with torch.no_grad():
         assert again.eval()(batch, PLAN).total.item() == pytest.approx(model(batch, PLAN).total.item(), rel=1e-6)
+
+
+def test_they_are_taught_to_write(published, model):
+    """Behind published weights, with dropout, and decoded as they were trained; their head of masked words is kept."""
+    writer = able_to_write(model, 0.0)
+    assert writer.state_dict().keys() == model.state_dict().keys()
+    tokenizer = Tokenizer.load(published["bert"] / "tokenizer.json").ended()
+    tokens = tokenizer.encode(["ab c p", "d", "abc d e f g"], 10)
+    assert (tokens == SPECIAL["[SEP]"]).sum(1).tolist() == [1, 1, 1]
+    images = pairs([1] * 3).images
+    labels = text_labels(tokens, torch.ones(3, dtype=torch.int64), SPECIAL["[SEP]"])
+    noisy = build_model(replace(writer.config, text=replace(writer.config.text, bert=BertConfig(30, dropout=0.3))))
+    noisy.load_state_dict(writer.state_dict())
+    losses = []
+    for seed in (1, 1, 2):
+        seed_drops(noisy.config, 0, seed, 0)
+        losses.append(noisy.caption_loss(noisy.encode_image(images), tokens, labels).item())
+    assert losses[0] == losses[1] != losses[2]
+    with torch.no_grad():
+        image = writer.eval().encode_image(images)
+        plain = noisy.eval().caption_loss(image, tokens, labels)
+        logits = writer.caption_logits(image, tokens)[:, :-1]
+        expected = cross_entropy(logits.transpose(1, 2), labels.clamp(min=0), reduction="none")[labels >= 0].sum()
+        assert plain.item() == pytest.approx(expected.item(), rel=1e-4)
+        cached, anew = FusedCached(writer, image, 10), FusedRecomputed(writer, image, 10)
+        for t in range(6):
+            assert torch.allclose(cached.advance(tokens[:, t : t + 1]), anew.advance(tokens[:, t : t + 1]), atol=1e-4)
 
 
 def test_a_folder_of_this_package_holds_them(published, model, config, tmp_path):
