@@ -24,7 +24,8 @@ _LOOKED_AT = 16
 def _is_empty(path: Path) -> bool:
     try:
         return path.stat().st_size == 0
-    except OSError:
+    except (OSError, ValueError):
+        # A name may be none that the system knows.
         return False
 
 

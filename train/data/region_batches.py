@@ -196,6 +196,8 @@ class _Elements(Maker):
             box = seen_box(regions[i].box, view, width, height)
             if box is not None and len(elements) < form.max_regions:
                 elements.append(Element(said[i], box, region_kind(regions[i], said[i])))
+        if not elements:
+            raise _NoRegion("no region of an image can be used", sample.key)
         picture = resized_crop(sample.image, view.crop, form.image_size)
         picture = picture[:, ::-1] if view.mirrored else picture
         if form.randaugment is not None:

@@ -48,7 +48,7 @@ class NoCaps(Source):
             else:
                 said = tuple(captions[entry["id"]])
                 self._found.append((name, said, str(entry.get("domain", "unknown"))))
-        known = {entry.get("id") for entry in entries if isinstance(entry, dict)}
+        known = {key for entry in entries if isinstance(entry, dict) and isinstance(key := entry.get("id"), int | str)}
         for image in captions.keys() - known:
             self.skipped.row("captions of an image that is not listed", str(image))
         require_some(len(self._found), "image", path, self.skipped)

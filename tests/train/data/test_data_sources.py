@@ -69,6 +69,7 @@ def test_faults_of_coco_are_counted_by_cause(tmp_path):
         {"id": 6000},
         {"id": 7000, "file_name": "absent.png"},
         {"id": 8000, "file_name": "silent.png"},
+        {"id": 9000, "file_name": "\ud800.png"},
         7,
     ]
     data["annotations"] += [
@@ -79,6 +80,7 @@ def test_faults_of_coco_are_counted_by_cause(tmp_path):
         {"image_id": 99, "caption": "of nothing"},
         {"image_id": [1], "caption": "of a list"},
         {"image_id": 7000, "caption": "of an absent image"},
+        {"image_id": 9000, "caption": "of a name that is none"},
         "words",
     ]
     path.write_bytes(json.dumps(data).encode().replace(b"b@d", b"b\xe9d"))
@@ -96,10 +98,10 @@ def test_faults_of_coco_are_counted_by_cause(tmp_path):
         "caption of an image that is not listed": 3,
         "image without a usable caption": 1,
         "missing image": 1,
-        "unreadable image": 2,
+        "unreadable image": 3,
         "empty file": 1,
     }
-    assert len(good) + len(source.skipped.samples) == 10 and len(good) == 5
+    assert len(good) + len(source.skipped.samples) == 11 and len(good) == 5
 
 
 def test_faults_of_karpathy_are_counted_by_cause(tmp_path):

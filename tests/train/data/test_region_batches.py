@@ -124,6 +124,16 @@ def test_any_share_can_be_taken():
     assert torch.equal(whole.regions.boxes[:24], first.regions.boxes)
 
 
+@pytest.mark.parametrize("crop", [True, False])
+def test_an_image_whose_boxes_vanish_in_the_view_is_in_no_batch(crop):
+    """Boxes that lie in the slack around the image for the most part."""
+    slack = {number: [(-0.0009, 0.1, 0.0005, 0.5)] for number in range(0, 96, 2)}
+    counts = [0 if number in slack else 3 for number in range(96)]
+    for batch in take(6, Boxes(counts, captions=0, faulty=slack), crop=crop):
+        assert set(batch.regions.image_index.tolist()) == set(range(len(batch.keys)))
+        assert all(int(key[1:]) % 2 for key in batch.keys)
+
+
 @pytest.mark.parametrize(("elements", "world"), [(0, 1), (-4, 1), (3, 4)])
 def test_every_rank_has_an_element(elements, world):
     with pytest.raises(ValueError, match=f"{elements} elements for {world} ranks; each takes at least one"):

@@ -144,6 +144,7 @@ def test_nocaps(tmp_path, images):
             {"id": 1, "file_name": "absent.jpg", "domain": "in-domain"},
             {"id": 0, "file_name": "000000000003.jpg"},
             {"id": 2, "file_name": "COCO_val2014_000000000001.jpg"},
+            {"id": [3], "file_name": "000000000003.jpg"},
         ],
         "annotations": [
             {"image_id": 0, "caption": "a dog"},
@@ -158,6 +159,7 @@ def test_nocaps(tmp_path, images):
     assert source.skipped.counts() == {
         "image listed but absent": 1,
         "duplicate id": 1,
+        "field id is of another type": 1,
         "empty caption": 1,
         "image without a usable caption": 1,
         "captions of an image that is not listed": 1,
