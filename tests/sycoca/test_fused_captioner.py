@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sycoca import fused_captioner
+from sycoca import cpu_attention, fused_captioner
 from sycoca.config import BertConfig, ConfigError
 from sycoca.decode_step import lay_out
 from sycoca.fused_captioner import FusedCached, FusedRecomputed
@@ -151,7 +151,9 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_the_counted_tokens(config):
 def test_decoding_step_by_step_is_the_teacher_forced_pass(config, way, monkeypatch):
     model, tokens = build(config).eval(), written([7, 8, 6, 8])
     if way == "blocks":
+        # As on a GPU.
         monkeypatch.setattr(fused_captioner, "fits", lambda block: False)
+        monkeypatch.setattr(cpu_attention, "fits", lambda x: False)
     with torch.no_grad():
         image = seen(model)
         logits = model.caption_logits(image, tokens)

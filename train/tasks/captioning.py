@@ -48,6 +48,7 @@ def evaluate(model: Any, tokenizer: Any, source: Any, *, options: Any, device: A
             tokenizer,
             model.encode_image(batch.images),
             num_beams=options.beams,
+            min_length=options.min_length,
             max_length=options.max_length,
             length_penalty=options.length_penalty,
         )

@@ -40,7 +40,8 @@ class TaskOptions(Section):
         limit: images that are judged, at most; none judges all.
         batch_size: images of a forward pass at evaluation.
         examples: best, median and worst examples shown in the report, each.
-        beams, max_length, length_penalty: captioning, vqa by generation; as `sycoca.generate`.
+        beams, length_penalty: captioning, vqa by generation; as `sycoca.generate`.
+        min_length, max_length: captioning; tokens as `sycoca.generate` counts them.
         meteor, spice: captioning: these figures as well, by Java through pycocoevalcap.
         vqa: how a question is answered; auto takes what the model was fine-tuned for, else rank.
         answers: vqa: frequent answers that the classifier knows.
@@ -69,6 +70,7 @@ class TaskOptions(Section):
     batch_size: int = 64
     examples: int = 3
     beams: int = 3
+    min_length: int = 0
     max_length: int | None = None
     length_penalty: float = 1.0
     meteor: bool = False
@@ -109,7 +111,10 @@ class TaskOptions(Section):
         for name in counts:
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}: {value}, needs at least 1")
-        require(self.examples >= 0, f"examples: {self.examples}, needs at least 0")
+        for name in ("examples", "min_length"):
+            require(getattr(self, name) >= 0, f"{name}: {getattr(self, name)}, needs at least 0")
+        bounds = f"min_length: {self.min_length}, max_length is {self.max_length}"
+        require(self.max_length is None or self.min_length <= self.max_length, bounds)
         require(0 < self.layer_decay <= 1, f"layer_decay: {self.layer_decay}, needs to be above 0, at most 1")
         smoothing = self.label_smoothing
         require(smoothing is None or 0 <= smoothing < 1, f"label_smoothing: {smoothing}, needs to be in 0..1")
@@ -120,6 +125,7 @@ class TaskOptions(Section):
 TASKS_OF_OPTIONS = {
     "beams": ("captioning", "vqa"),
     "length_penalty": ("captioning", "vqa"),
+    "min_length": ("captioning",),
     "max_length": ("captioning",),
     "meteor": ("captioning",),
     "spice": ("captioning",),

@@ -319,6 +319,7 @@ def test_scenes_serve_every_task():
         ("evaluate.py retrieval", "no run with a model"),
         ("evaluate.py retrieval --model nowhere", "no such folder"),
         ("evaluate.py captioning beams=0", "beams: 0, needs at least 1"),
+        ("evaluate.py captioning min_length=9 max_length=8", "min_length: 9, max_length is 8"),
         ("evaluate.py captioning beam=3", "did you mean"),
         ("evaluate.py retrieval beams=3", "beams belongs to captioning and vqa"),
         ("evaluate.py captioning scst=true", "belongs to train/finetune.py"),

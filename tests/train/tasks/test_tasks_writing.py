@@ -142,16 +142,11 @@ def test_a_step_of_every_way_to_learn_it(model, tokenizer, task, changes):
     assert not moved & {"itm_head", "box_head", "text_projection"}
 
 
-@pytest.mark.parametrize("task", ["captioning", "choice", "pairs", "vqa"])
+@pytest.mark.parametrize("task", ["captioning", "pairs", "vqa"])
 def test_it_is_judged_as_any_captioner(model, tokenizer, task):
-    found = judge(
-        task,
-        model.eval(),
-        tokenizer,
-        open_source(task, "scenes", "val", image_size=SIZE),
-        options=replace(FEW, beams=2, max_length=8, ranked=4),
-        device=CPU,
-    ).outcome
+    options = replace(FEW, limit=2, beams=2, min_length=8, max_length=8, ranked=2)
+    source = open_source(task, "scenes", "val", image_size=SIZE)
+    found = judge(task, model.eval(), tokenizer, source, options=options, device=CPU).outcome
     assert {"captioning": "CIDEr-D", "vqa": "accuracy"}.get(task, "right by likelihood") in found.headline
 
 
