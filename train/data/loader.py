@@ -182,7 +182,7 @@ def batches(
         ValueError: `world` and `parts` do not divide `global_batch`, or a place that is not in the epoch.
     """
     if described_in is not None and (crop_scale is not None or flip or randaugment):
-        raise ValueError("batches: boxes follow no augmentation; crop_scale=None, flip=0, randaugment=None")
+        raise ValueError("batches: boxes do not follow augmentation; crop_scale=None, flip=0, randaugment=None")
     if global_batch < 1 or parts < 1 or global_batch % (world * parts) or not 0 <= rank < world:
         raise ValueError(
             f"batches: global_batch {global_batch}, rank {rank}, world {world} and parts {parts} do not agree"

@@ -209,6 +209,8 @@ class Scenes(Source):
             self._key(index),
             tuple(regions),
             self._questions(scene, number),
+            # What a detector would find that misses nothing.
+            detections=tuple(region.box for region in regions),
         )
 
     def _key(self, index: int) -> str:

@@ -146,7 +146,7 @@ def test_batches_depend_on_the_sample_alone():
     assert torch.equal(resumed.images, augmented[3].images)
     halves = [take(4, randaugment=(2, 7), rank=rank, world=2) for rank in range(2)]
     assert all(torch.equal(whole.images, torch.cat([a.images, b.images])) for whole, a, b in zip(augmented, *halves))
-    with pytest.raises(ValueError, match="boxes follow no augmentation"):
+    with pytest.raises(ValueError, match="boxes do not follow augmentation"):
         take(1, randaugment=(2, 7), described_in=8)
 
 
