@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from tests.train.data.test_convert import box, dump, image, lines, picture
 from train.data import open_dataset
@@ -131,6 +132,10 @@ def test_what_does_not_belong_together_is_left_out(published, capsys):
     dump(published / "refcoco+_train.json", [*TRAIN[2:], *wrong, text(1, 1, "  "), {"text": "x", "ref_id": [1]}])
     # The file of this image lies on its side.
     picture(published / "images" / "train2014" / f"{4:012d}.jpg", (100, 200))
+    # That of this one does once it is turned upright, as images are decoded.
+    turned = Image.new("RGB", (200, 100)).getexif()
+    turned[0x0112] = 6
+    Image.new("RGB", (200, 100)).save(published / "images" / "train2014" / f"{3:012d}.jpg", exif=turned)
     # This one is a smaller copy, which its boxes fit as well.
     picture(published / "images" / "train2014" / f"{5:012d}.jpg", (67, 34))
     assert convert(published, "--images", published / "images") == 0
@@ -143,9 +148,10 @@ def test_what_does_not_belong_together_is_left_out(published, capsys):
         "2 x text of a reference that is not listed",
         "3 x entry of a list without a text",
         "1 x reference that no list speaks of",
-        "1 x image of other proportions than its annotations say",
+        "2 x image of other proportions than its annotations say",
     ):
         assert cause in told, (cause, told)
+    assert not (published / "out" / "val.jsonl").exists()
     assert not (published / "out" / "testA.jsonl").exists() and (published / "out" / "testB.jsonl").exists()
 
 
