@@ -41,17 +41,26 @@ def shares(config: Any, *names: str) -> None:
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
-    """`lamb` scales the step of each tensor, for very large batches; it runs without ZeRO, whose shards cut tensors."""
+    """`lamb` scales the step of each tensor, for very large batches; it runs without ZeRO, whose shards cut tensors.
 
-    name: Literal["adamw", "lamb"] = "adamw"
+    `muon` orthogonalises the steps of the linear maps of all blocks, whose rate is `matrix_lr` and which average their
+    gradients by `matrix_momentum`; `lr` and the rest belong to AdamW, which takes all other parameters.
+    """
+
+    name: Literal["adamw", "lamb", "muon"] = "adamw"
     lr: float = 5e-4
+    matrix_lr: float = 0.02
+    matrix_momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.2
 
     def __post_init__(self) -> None:
-        _finite(self, "lr", "eps")
+        _finite(self, "lr", "eps", "matrix_lr")
         _finite(self, "weight_decay", zero=True)
+        require(
+            0 <= self.matrix_momentum < 1, f"matrix_momentum: {self.matrix_momentum}, needs to be in 0..1, 1 excluded"
+        )
         require(all(0 <= beta < 1 for beta in self.betas), f"betas: {self.betas}, each needs to be in 0..1, 1 excluded")
 
 

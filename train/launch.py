@@ -54,6 +54,11 @@ class Launch:
     restart: bool = False
     notes: tuple[str, ...] = ()
 
+    @property
+    def stage(self) -> int:
+        """Of ZeRO."""
+        return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
 
 def parser(prog: str) -> argparse.ArgumentParser:
     p = Parser(
@@ -122,6 +127,8 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Launch:
         config = chosen(args.preset, has_cuda)
     else:
         config, batch, stage = read_run_config(run_dir)
+        if args.reshape and config.optimizer.name == "muon":
+            raise ConfigError("--reshape: not for optimizer.name=muon; the run goes on as it was, or anew with --init")
         if args.reshape:
             asked = split_overrides(args.overrides, config).get("train.micro_batch")
             config = reshaped(config, batch, world, asked)
@@ -228,8 +235,12 @@ def _check_options(config: RunConfig, ds: DeepSpeedJson) -> None:
     if config.optimizer.name == "lamb" and zero.stage:
         reason = f"it scales the steps of whole tensors, and ZeRO stage {zero.stage} makes flat pieces"
         raise ConfigError(f"optimizer.name=lamb: {reason}")
-    if config.optimizer.name == "lamb" and train.precision == "fp16":
-        raise ConfigError("optimizer.name=lamb: not tested with train.precision=fp16")
+    if config.optimizer.name == "muon" and ds.offloads:
+        raise ConfigError(
+            "optimizer.name=muon: not with an offloaded optimizer, whose steps would be formed on the host"
+        )
+    if config.optimizer.name != "adamw" and train.precision == "fp16":
+        raise ConfigError(f"optimizer.name={config.optimizer.name}: not tested with train.precision=fp16")
     if train.ema is None:
         return
     if zero.stage == 0 and any(section is not None and section.enabled is True for section in (ds.fp16, ds.bf16)):

@@ -12,15 +12,19 @@ import torch
 
 from train.config import OptimizerConfig, ScheduleConfig
 from train.lamb import lamb_class
+from train.muon import Muon
 
 
-def build_optimizer(groups: list[dict], config: OptimizerConfig, *, offloaded: bool = False) -> torch.optim.Optimizer:
-    """AdamW or LAMB over parameter groups; a group's `max_value` bounds its parameters from above after every step.
+def build_optimizer(
+    groups: list[dict], config: OptimizerConfig, *, offloaded: bool = False, stage: int = 0
+) -> torch.optim.Optimizer:
+    """The optimizer of parameter groups; a group's `max_value` bounds its parameters from above after every step.
 
     Args:
-        groups: parameter groups as `torch.optim` takes them, with the optional key `max_value`.
+        groups: parameter groups as `torch.optim` takes them, with the optional keys `max_value` and `matrices`.
         config: which one, learning rate, betas, epsilon and the weight decay of groups that set none.
         offloaded: whether what it updates will lie on the host, wherever the parameters are.
+        stage: of ZeRO, which cuts what the optimizer is given.
 
     Returns:
         The optimizer: on CUDA NVIDIA apex's or DeepSpeed's where importable, else torch's, fused.
@@ -29,7 +33,14 @@ def build_optimizer(groups: list[dict], config: OptimizerConfig, *, offloaded: b
         group.setdefault("max_value", None)
     on_cuda = not offloaded and any(p.is_cuda for group in groups for p in group["params"])
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    optimizer = (lamb_class if config.name == "lamb" else adamw_class)(on_cuda)(groups, **options)
+    if config.name == "muon":
+        momentum, sharded = config.matrix_momentum, stage == 3
+        rest = partial(adamw_class(on_cuda), **options)
+        optimizer = Muon(
+            groups, rest, lr=config.lr, momentum=momentum, weight_decay=config.weight_decay, sharded=sharded
+        )
+    else:
+        optimizer = (lamb_class if config.name == "lamb" else adamw_class)(on_cuda)(groups, **options)
     optimizer.register_step_post_hook(_clamp)
     return optimizer
 

@@ -2,6 +2,8 @@
 
 import re
 
+from torch import nn
+
 from sycoca.backbones import begins_given
 from sycoca.config import ModelConfig
 from sycoca.model import SyCoCa, parameter_groups
@@ -12,6 +14,8 @@ from train.optim import by_layer
 _BLOCK = re.compile(r"(?:swin\.encoder\.layers\.(\d+)\.)?(?:blocks\.(\d+)\.|downsample\.)")
 _FIRST = ("embed.", "sequence.", "ln_pre.", "swin.embeddings.")
 _ENCODERS = ("vision", "text")
+# Linear maps that hold several, one above the other.
+_STACKED = {"qkv": 3, "kv": 2}
 
 
 def pretraining_groups(model: SyCoCa, config: RunConfig) -> list[dict]:
@@ -20,7 +24,7 @@ def pretraining_groups(model: SyCoCa, config: RunConfig) -> list[dict]:
     Args:
         model: whole.
         config: weight decay, frozen encoders, the decay of the rate from layer to layer of the others, and the rate of
-            what begins anew beside published encoders.
+            what begins anew beside published encoders; which optimizer takes them.
 
     Returns:
         Groups as `build_optimizer` takes them.
@@ -41,7 +45,10 @@ def pretraining_groups(model: SyCoCa, config: RunConfig) -> list[dict]:
             named = [{**group, "name": f"{encoder}_{group['name']}"} for group in groups]
             split += by_layer(named, layers, depth, train.layer_decay)
             rest = [{**group, "params": [p for p in group["params"] if id(p) not in layers]} for group in rest]
-    return [group for group in _faster_anew(model, config, [*rest, *split]) if group["params"]]
+    groups = _faster_anew(model, config, [*rest, *split])
+    if config.optimizer.name == "muon":
+        groups = _matrices_apart(model, config, groups)
+    return [group for group in groups if group["params"]]
 
 
 def _faster_anew(model: SyCoCa, config: RunConfig, groups: list[dict]) -> list[dict]:
@@ -57,6 +64,21 @@ def _faster_anew(model: SyCoCa, config: RunConfig, groups: list[dict]) -> list[d
         rate = given.anew_rate * group.get("lr_scale", 1.0)
         apart.append({**group, "params": [p for p in group["params"] if id(p) in known]})
         apart.append({**group, "name": f"{group['name']}_anew", "params": anew, "lr_scale": rate})
+    return apart
+
+
+def _matrices_apart(model: SyCoCa, config: RunConfig, groups: list[dict]) -> list[dict]:
+    """The groups, the linear maps of all blocks in groups of their own, with the rate of matrices."""
+    rate, known = config.optimizer.matrix_lr / config.optimizer.lr, {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "blocks." in name:
+            known[id(module.weight)] = (_STACKED.get(name.rsplit(".", 1)[-1], 1), *module.weight.shape)
+    apart = []
+    for group in groups:
+        inner = [p for p in group["params"] if id(p) in known]
+        scale = {"lr_scale": rate * group.get("lr_scale", 1.0), "matrices": [known[id(p)] for p in inner]}
+        apart.append({**group, "params": [p for p in group["params"] if id(p) not in known]})
+        apart.append({**group, "name": f"{group['name']}_matrices", "params": inner, **scale})
     return apart
 
 

@@ -210,6 +210,9 @@ def deepspeed_dict(raw: dict, ds: DeepSpeedJson, config: Any, world: int) -> dic
     if ds.offloads:
         # The optimizer is ours, torch's on the host: DeepSpeed's own would be compiled at the first start.
         result["zero_force_ds_cpu_optimizer"] = False
+    if config.optimizer.name == "muon":
+        # DeepSpeed asks before it runs an optimizer that it does not know under ZeRO.
+        result["zero_allow_untested_optimizer"] = True
     section = next(
         (name for name in ("fp16", "bf16") if (s := getattr(ds, name)) is not None and s.enabled is True), None
     )

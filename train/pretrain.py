@@ -73,7 +73,8 @@ def pretrain(launch: Launch) -> None:
     if train.compile:
         compile_blocks(model)
     offloaded = "zero_force_ds_cpu_optimizer" in launch.deepspeed
-    optimizer = build_optimizer(pretraining_groups(model, config), config.optimizer, offloaded=offloaded)
+    groups, stage = pretraining_groups(model, config), launch.stage
+    optimizer = build_optimizer(groups, config.optimizer, offloaded=offloaded, stage=stage)
     if train.ema is not None:
         keep_average(optimizer, train.ema)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=launch.deepspeed)
@@ -164,12 +165,11 @@ def start_line(launch: Launch, model, inputs, world: int, chosen, anew: list[str
 
     config = launch.config
     count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    stage = launch.deepspeed.get("zero_optimization", {}).get("stage", 0)
     train, data, given = config.train, config.data, config.pretrained
     origin = config.init or ", ".join(name for name in (given.vision, given.text) if name is not None)
     lines = [
         f"{f'resuming at step {chosen.step}' if chosen else 'starting'}: {config.preset}, "
-        f"{count / 1e6:.1f} M parameters, ZeRO {stage}, {world} rank(s), {train.precision}, "
+        f"{count / 1e6:.1f} M parameters, ZeRO {launch.stage}, {world} rank(s), {train.precision}, "
         f"batch {_batch(train)} x {train.accumulation} x {world}, {inputs.total_steps} steps",
         f"data: {data.train}, {len(inputs.train)} samples, {len(inputs.val)} held out; run folder: {launch.run_dir}",
         *([f"weights: {origin}; anew: {', '.join(anew) or 'nothing'}"] if origin and not chosen else []),
