@@ -31,7 +31,7 @@ from sycoca.masking import (
     step_plan,
 )
 from sycoca.poolers import build_pooler
-from sycoca.text import build_text_encoder, valid_tokens
+from sycoca.text import EncodedText, build_text_encoder, valid_tokens
 from sycoca.vision import build_image_encoder
 
 __all__ = ["Batch", "ImageFeatures", "Losses", "StepPlan", "SyCoCa", "TextFeatures", "parameter_groups", "step_plan"]
@@ -176,14 +176,14 @@ class SyCoCa(nn.Module, HubMixin):
             schedule: of `kernels.fused_itc_loss`.
             whole: of the batch that this one is a part of; nothing is exchanged with other ranks then.
         """
-        return self._pretrain(batch, plan, Spread(group, shares, schedule), whole)[0]
+        text = self.encode_text(batch.tokens)
+        return self._pretrain(batch, plan, Spread(group, shares, schedule), whole, text)[0]
 
     def _pretrain(
-        self, batch: Batch, plan: StepPlan, spread: Spread, whole: Whole | None
-    ) -> tuple[Losses, ImageFeatures, TextFeatures]:
-        """Losses, and the encoded pairs that they are of."""
+        self, batch: Batch, plan: StepPlan, spread: Spread, whole: Whole | None, text: TextFeatures
+    ) -> tuple[Losses, ImageFeatures]:
+        """Losses, and the encoded images that they are of; `text` is that of the batch."""
         config, weight = self.config, self.config.loss
-        text = self.encode_text(batch.tokens)
         if whole is None:
             counts, parts = global_counts(self.counts(batch.tokens), spread.group)
         else:
@@ -218,7 +218,7 @@ class SyCoCa(nn.Module, HubMixin):
             group_size = config.masking.local_group
             local = local_loss(*operands, text.scored, self.local.scale(), group_size) / pairs
             total = total + config.local_weight * local
-        return Losses(total, itc, caption, tgmim, local, mask_overlap), image, text
+        return Losses(total, itc, caption, tgmim, local, mask_overlap), image
 
     @torch.no_grad()
     def counts(self, tokens: Tensor) -> Tensor:
@@ -236,7 +236,9 @@ class SyCoCa(nn.Module, HubMixin):
 
     def encode_text(self, tokens: Tensor) -> TextFeatures:
         """Features of captions (B, T) int64."""
-        encoded = self.text(tokens)
+        return self._text_features(tokens, self.text(tokens))
+
+    def _text_features(self, tokens: Tensor, encoded: EncodedText) -> TextFeatures:
         scored = encoded.valid & (tokens != self.config.text.sot_id)
         return TextFeatures(_unit(self.text_projection(encoded.cls)), encoded.words, encoded.valid, scored)
 

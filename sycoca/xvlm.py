@@ -28,6 +28,7 @@ from sycoca.mlm import MaskedWords
 from sycoca.model import Batch, ImageFeatures, SyCoCa, TextFeatures, _unit
 from sycoca.region_vision import encode_regions, whole_images
 from sycoca.regions import RegionBatch
+from sycoca.text import EncodedText
 
 __all__ = ["RegionLosses", "Views", "XBatch", "XLosses", "XVLM", "build_model"]
 
@@ -154,7 +155,8 @@ class XVLM(SyCoCa):
         """
         weight, spread = self.config.loss, Spread(group, shares, schedule)
         pairs, regions = batch.pairs, batch.regions
-        base, image, text = self._pretrain(pairs, plan, spread, None)
+        text, hidden = self._encode_texts(pairs.tokens, batch.masked)
+        base, image = self._pretrain(pairs, plan, spread, None, text)
         found = [self._counts(len(pairs.images), pairs.ids, batch.masked, None, pairs.images.device)]
         if regions is not None:
             found.append(self._region_counts(regions, batch.masked_regions))
@@ -163,7 +165,7 @@ class XVLM(SyCoCa):
         terms, total, matched = _Fused(zero, zero, zero), base.total, []
         if self.learns_pairs:
             views = self.view_images(image)
-            terms = self._fused(image.features, views, text, batch.masked, pairs.ids, pairs.seeds, counts)
+            terms = self._fused(image.features, views, text, batch.masked, hidden, pairs.ids, pairs.seeds, counts)
             total = total + weight.itm_weight * terms.itm + weight.mlm_weight * terms.mlm
             matched.append(terms.matched)
         region = RegionLosses(*[zero] * len(RegionLosses._fields))
@@ -196,7 +198,7 @@ class XVLM(SyCoCa):
             raise ValueError(f"region batch: {len(regions.ids)} texts of {len(regions.images)} images; needs some")
         weight = self.config.loss
         counts = _shares(self._region_counts(regions, masked), spread) if counts is None else counts
-        text = self.encode_text(regions.tokens)
+        text, hidden = self._encode_texts(regions.tokens, masked)
         itc = l1 = giou = zero = torch.zeros((), device=regions.images.device)
         terms = _Fused(zero, zero, zero)
         if self.config.learns("itc") or self.learns_pairs:
@@ -208,7 +210,7 @@ class XVLM(SyCoCa):
         if self.config.learns("itc"):
             itc = self._region_itc(seen.features, text, regions, spread)
         if self.learns_pairs:
-            terms = self._fused(seen.features, seen.boxes, text, masked, regions.ids, regions.seeds, counts)
+            terms = self._fused(seen.features, seen.boxes, text, masked, hidden, regions.ids, regions.seeds, counts)
         if self.box_head is not None:
             l1, giou = self._box_terms(whole, text, regions, counts[2])
         total = weight.itc_weight * itc + weight.itm_weight * terms.itm + weight.mlm_weight * terms.mlm
@@ -274,6 +276,14 @@ class XVLM(SyCoCa):
             raise ValueError("fusion: the model was built without 'itm', 'mlm' and 'bbox'")
         return self.fusion
 
+    def _encode_texts(self, tokens: Tensor, masked: MaskedWords | None) -> tuple[TextFeatures, EncodedText | None]:
+        """Texts (E, T), and the same with hidden words where these are learned, in one pass of the encoder."""
+        if self.word_head is None or masked is None:
+            return self.encode_text(tokens), None
+        both = self.text(torch.cat([tokens, masked.tokens]))
+        plain, hidden = (EncodedText(*parts) for parts in zip(*(part.chunk(2) for part in both)))
+        return self._text_features(tokens, plain), hidden
+
     def _counts(
         self, count: int, ids: Tensor | None, masked: MaskedWords | None, boxes: Tensor | None, device: torch.device
     ) -> Tensor:
@@ -305,6 +315,7 @@ class XVLM(SyCoCa):
         views: Views,
         text: TextFeatures,
         masked: MaskedWords | None,
+        hidden: EncodedText | None,
         ids: Tensor | None,
         seeds: Tensor,
         counts: Tensor,
@@ -314,8 +325,8 @@ class XVLM(SyCoCa):
         if self.itm_head is not None:
             itm, matched = self._itm(features, views, text, ids, seeds)
             itm = itm / counts[0]
-        if self.word_head is not None and masked is not None:
-            mlm = self._mlm(masked, views) / counts[1]
+        if self.word_head is not None and hidden is not None:
+            mlm = self._mlm(masked, hidden, views) / counts[1]
         return _Fused(itm, mlm, matched)
 
     def _itm(
@@ -337,9 +348,8 @@ class XVLM(SyCoCa):
         sides = [(right & side).sum() / (counted & side).sum().clamp(min=1) for side in (label, ~label)]
         return torch.where(counted, loss, 0.0).sum(), torch.stack(sides).mean()
 
-    def _mlm(self, masked: MaskedWords, views: Views) -> Tensor:
-        encoded = self.text(masked.tokens)
-        states = self.fusion(encoded.words, encoded.valid, views.tables, views.seen, masked.positions)
+    def _mlm(self, masked: MaskedWords, hidden: EncodedText, views: Views) -> Tensor:
+        states = self.fusion(hidden.words, hidden.valid, views.tables, views.seen, masked.positions)
         states = self.word_head(states.flatten(0, 1))
         return self.text.sequence.tokens(states=states, labels=masked.labels.flatten())
 
