@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sycoca.config import ModelConfig
-from sycoca.layers import Block, LayerNorm, init_blocks, run_block
+from sycoca.layers import Block, LayerNorm, init_blocks, position_table, run_block
 from sycoca.losses import token_loss
 from sycoca.packing import Packing
 from sycoca.text import EncodedText, valid_tokens
+
+_STD = 0.02
 
 
 class TokenTable(nn.Embedding):
@@ -22,7 +24,7 @@ class TokenTable(nn.Embedding):
 
     def __init__(self, vocab_size: int, width: int, predicts: bool) -> None:
         super().__init__(vocab_size, width)
-        nn.init.normal_(self.weight, std=0.02)
+        nn.init.normal_(self.weight, std=_STD)
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if predicts else None
 
     def forward(
@@ -50,8 +52,8 @@ class BidirectionalSequence(nn.Module):
         super().__init__()
         text = config.text
         self.tokens = TokenTable(text.vocab_size, text.width, config.learns("mlm") or text.writes)
-        self.pos = nn.Parameter(torch.empty(text.context_length, text.width))
-        nn.init.normal_(self.pos, std=0.01)
+        # Waves, so that what is learned of the words of a phrase holds wherever a caption has the phrase.
+        self.pos = nn.Parameter(_STD * 2**0.5 * position_table((text.context_length,), text.width))
 
     def forward(self, tokens: Tensor, first: int = 0) -> Tensor:
         return self.tokens(tokens) + self.pos[first : first + tokens.shape[1]]

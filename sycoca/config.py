@@ -1,11 +1,12 @@
 """Configuration of the models: frozen dataclasses, and the presets."""
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sycoca.backbone_config import BertConfig, SwinConfig
 from sycoca.checked import ConfigError, Strict, from_dict, known_keys, nearest, require, to_dict
+from sycoca.loss_config import LossConfig
+from sycoca.stem import check_stem
 
 __all__ = [
     "BertConfig",
@@ -53,6 +54,7 @@ class VisionConfig(Strict):
         region_form: how a box of an image is encoded. `local`: the last `local_depth` blocks attend within the box;
             `pooled`: the mean of the patches in it, which then stands for whole images too.
         local_depth: blocks that attend within the box.
+        stem: `patch`: a linear map of each patch; `conv`: convolutions, through which a patch knows its surroundings.
         swin: stages of a Swin; patch size, width and heads are then those of the last one, depth all blocks.
     """
 
@@ -68,6 +70,7 @@ class VisionConfig(Strict):
     pooler_heads: int = 8
     region_form: Literal["local", "pooled"] = "local"
     local_depth: int = 4
+    stem: Literal["patch", "conv"] = "patch"
     swin: SwinConfig | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +81,7 @@ class VisionConfig(Strict):
             self.image_size % self.patch_size == 0,
             f"patch_size: {self.patch_size} does not divide the image size {self.image_size}",
         )
+        check_stem(self)
         if self.swin is not None:
             self.swin.check(self)
 
@@ -245,46 +249,6 @@ class MaskingConfig(Strict):
 
 
 @dataclass(frozen=True)
-class LossConfig(Strict):
-    """Weights and forms of the losses.
-
-    Attributes:
-        local_weight: weight of the token-wise contrastive term; None means 1 while patches are selected
-            by the score in the space `local`, else 0. Given explicitly it keeps the term without masks.
-        tgmim_kind: what TG-MIM predicts and its error: pixels, as in `kernels.masked_patch_loss`, or `ema_features`,
-            what an image encoder of averaged weights makes of the patch, as in `sycoca.losses.feature_loss`.
-        label_smoothing: of the contrastive loss, 0..1.
-        caption_label_smoothing: of the captioning loss, 0..1.
-        l1_weight, giou_weight: of the two terms of `bbox`.
-        itm_floor: share that every negative of ITM has beside its softmax when negatives are drawn; a large one makes
-            easy negatives frequent, which a short run begins with.
-        region_weight: of all terms of a region batch, beside those of the image batch.
-    """
-
-    itc_weight: float = 1.0
-    caption_weight: float = 2.0
-    tgmim_weight: float = 1.0
-    local_weight: float | None = None
-    tgmim_kind: Literal["l1", "mse", "mse_normalised", "ema_features"] = "l1"
-    label_smoothing: float = 0.0
-    caption_label_smoothing: float = 0.0
-    itm_weight: float = 1.0
-    mlm_weight: float = 1.0
-    l1_weight: float = 1.0
-    giou_weight: float = 1.0
-    region_weight: float = 1.0
-    itm_floor: float = 1e-5
-
-    def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self) if field.name.endswith("_weight")):
-            value = getattr(self, name)
-            require(value is None or 0 <= value < math.inf, f"{name}: must be at least 0, got {value}")
-        _positive(self, "itm_floor")
-        for name in ("label_smoothing", "caption_label_smoothing"):
-            require(0 <= getattr(self, name) < 1, f"{name}: must lie in 0..1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
 class ModelConfig(Strict):
     """A whole model. With `fusion` it is X-VLM's, with boxes of images beside whole ones; see `sycoca.xvlm`.
 
@@ -301,7 +265,7 @@ class ModelConfig(Strict):
     caption_decoder: CaptionDecoderConfig
     image_decoder: ImageDecoderConfig
     masking: MaskingConfig = MaskingConfig()
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = field(default_factory=LossConfig)
     fusion: FusionConfig | None = None
     words: WordMaskingConfig = WordMaskingConfig()
     objectives: tuple[str, ...] = ("itc", "ic", "tgmim")
@@ -320,6 +284,8 @@ class ModelConfig(Strict):
             known = ", ".join(OBJECTIVES)
             require(name in OBJECTIVES, f"objectives: '{name}' is none of {known}{nearest(name, OBJECTIVES)}")
         require(len(set(self.objectives)) == len(self.objectives), "objectives: each may be named once")
+        shown = "objectives: 'tgmim' hides patches, which the convolutions of vision.stem show to their neighbours"
+        require(self.vision.stem == "patch" or self.num_masked == 0, shown)
         self._check_xvlm()
         rows, cols = self.vision.grid
         block = self.masking.block

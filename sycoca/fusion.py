@@ -153,7 +153,7 @@ class GridPlaces(nn.Module):
         self.pos = nn.Parameter(position_table(config.vision.grid, config.vision.width))
 
     def forward(self, tokens: ImageTokens) -> Tensor:
-        return tokens.rows + F.pad(self.pos, (0, 0, 0, 1))[tokens.cells]
+        return tokens.rows + F.pad(self.pos, (0, 0, 0, 1)).index_select(0, tokens.cells)
 
 
 class FusionEncoder(nn.Module):

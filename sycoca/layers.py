@@ -242,17 +242,17 @@ class LogitScale(nn.Module):
         return self.log_scale.float().exp()
 
 
-def position_table(grid: tuple[int, int], width: int) -> Tensor:
-    """Initial positions (P, width) of a patch grid: sines and cosines of row and column.
+def position_table(grid: tuple[int, ...], width: int) -> Tensor:
+    """Initial positions (P, width) of a grid of patches, or of a row of words: sines and cosines of each coordinate.
 
-    Wavelengths run from three patches to twice the longer side, so that every column tells patches apart; fixed ones,
+    Wavelengths run from three steps to twice the longest side, so that every column tells places apart; fixed ones,
     made for long sequences, leave most columns of a small grid constant, and what lies where is learned late or never.
     """
-    bands = -(-width // 4)
+    bands = -(-width // (2 * len(grid)))
     shortest, longest = 3.0, 2.0 * max(*grid, 2)
     rates = 2 * math.pi / shortest * (shortest / longest) ** (torch.arange(bands) / max(1, bands - 1))
-    rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
-    angles = [axis.reshape(-1, 1) * rates for axis in (rows, cols)]
+    places = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * rates for axis in places]
     return torch.cat([wave(a) for a in angles for wave in (torch.sin, torch.cos)], dim=1)[:, :width]
 
 

@@ -71,12 +71,12 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
     ),
     "xvlm_tiny": ModelConfig(
         embed_dim=128,
-        vision=VisionConfig(image_size=64, patch_size=8, width=96, depth=4, heads=4, local_depth=2),
+        vision=VisionConfig(image_size=64, patch_size=8, width=96, depth=4, heads=4, local_depth=2, stem="conv"),
         text=TextConfig(context_length=28, vocab_size=512, width=96, depth=2, heads=4, kind="bidirectional", mask_id=3),
         caption_decoder=CaptionDecoderConfig(depth=1, heads=4),
         image_decoder=ImageDecoderConfig(depth=1, width=128, heads=4),
         fusion=FusionConfig(depth=2, heads=4),
-        loss=LossConfig(itm_weight=2.0, mlm_weight=0.5, region_weight=8.0, itm_floor=0.005),
+        loss=LossConfig(itm_weight=2.0, mlm_weight=0.5, region_weight=8.0, itm_floor=0.005, whole_views=0.5),
         objectives=_XVLM,
     ),
     "xvlm_base": _XVLM_BASE,
@@ -103,7 +103,7 @@ PRESET_PARAMETERS: dict[str, tuple[int, int]] = {
     "base_16": (271532034, 253739265),
     "coca_base": (479686093, 440336641),
     "large_14": (679782222, 640414465),
-    "xvlm_tiny": (1127175, 1127175),
+    "xvlm_tiny": (1257431, 1257431),
     "xvlm_base": (212064577, 212064577),
     "xvlm_swin_base": (215686905, 215686905),
 }

@@ -1,6 +1,6 @@
 """Image encoder: a ViT whose [CLS] is the image and whose patches are seen by the decoders.
 
-    x = LN_pre([cls; E patch_i + pos_i]);  x = blocks(x);  cls, patches = LN_post(x)
+    x = LN_pre([cls; embed(image)_i + pos_i]);  x = blocks(x);  cls, patches = LN_post(x)
 
 A second pass encodes the same image with masked patches, from the patch embeddings of the first.
 """
@@ -8,11 +8,13 @@ A second pass encodes the same image with masked patches, from the patch embeddi
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import gather_patches, scatter_patches
 from sycoca.config import ModelConfig, VisionConfig
 from sycoca.layers import Block, LayerNorm, init_blocks, position_table, run_block
+from sycoca.stem import stem_convs
 
 
 class EncodedImage(NamedTuple):
@@ -39,8 +41,35 @@ class PatchEmbedding(nn.Module):
         self.patch_size = patch_size
         self.proj = nn.Linear(patch_size**2 * 3, width, bias=False)
 
+    def initialise(self) -> None:
+        nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)
+
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(patchify(images, self.patch_size).to(self.proj.weight.dtype))
+
+
+class ConvEmbedding(nn.Module):
+    """Convolutions that halve the image until a pixel is a patch (`sycoca.stem`), and a linear map."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(conv.before, conv.after, 3, conv.stride, padding=1) for conv in stem_convs(patch_size, width)
+        )
+        self.proj = nn.Linear(width, width)
+
+    def initialise(self) -> None:
+        for conv in self.convs:
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.bias)
+        nn.init.kaiming_normal_(self.proj.weight, nonlinearity="relu")
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.to(self.proj.weight.dtype)
+        for conv in self.convs:
+            x = F.gelu(conv(x))
+        return self.proj(x.flatten(2).transpose(1, 2))
 
 
 class PatchSequence(nn.Module):
@@ -76,13 +105,14 @@ class VisionTransformer(nn.Module):
         vision = config.vision
         self.recompute = config.recompute
         self.wants_values = config.scores and config.masking.score_space == "value"
-        self.embed = PatchEmbedding(vision.patch_size, vision.width)
+        stem = ConvEmbedding if vision.stem == "conv" else PatchEmbedding
+        self.embed = stem(vision.patch_size, vision.width)
         masked_input = config.masking.masked_input if config.num_masked else None
         self.sequence = PatchSequence(vision, masked_input)
         self.ln_pre = LayerNorm(vision.width)
         self.blocks = nn.ModuleList(Block(vision.width, vision.heads, vision.mlp_ratio) for _ in range(vision.depth))
         self.ln_post = LayerNorm(vision.width)
-        nn.init.normal_(self.embed.proj.weight, std=vision.patch_values**-0.5)
+        self.embed.initialise()
         init_blocks(self.blocks, vision.width, vision.depth)
 
     def forward(self, images: Tensor) -> EncodedImage:

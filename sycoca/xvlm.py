@@ -4,9 +4,10 @@
     L_image  = SyCoCa's terms + w_itm L_ITM + w_mlm L_MLM
     L_region = w_itc L_ITC + w_itm L_ITM + w_mlm L_MLM + w_l1 L_L1 + w_giou L_GIoU
 
-ITC, ITM and MLM of a region batch see a box as the image batch sees a whole image. The box of a text is regressed from
-the whole image, which hides nothing. Negatives of ITM are drawn from a rank's own batch; all other counts are those of
-the process group, as everywhere in this package.
+ITC, ITM and MLM of a region batch see a box as the image batch sees a whole image; ITM and MLM are shown the whole
+image instead for the share `whole_views` of the texts. The box of a text is regressed from the whole image, which hides
+nothing. Negatives of ITM are drawn from a rank's own batch; all other counts are those of the process group, as
+everywhere in this package.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from sycoca.losses import global_counts
 from sycoca.masking import StepPlan, hash_tensor
 from sycoca.mlm import MaskedWords
 from sycoca.model import Batch, ImageFeatures, SyCoCa, TextFeatures, _unit
+from sycoca.region_views import Shown, choose_views, shown
 from sycoca.region_vision import encode_regions, whole_images
 from sycoca.regions import RegionBatch
 from sycoca.text import EncodedText
@@ -210,7 +212,13 @@ class XVLM(SyCoCa):
         if self.config.learns("itc"):
             itc = self._region_itc(seen.features, text, regions, spread)
         if self.learns_pairs:
-            terms = self._fused(seen.features, seen.boxes, text, masked, hidden, regions.ids, regions.seeds, counts)
+            choice = shown(regions, weight.whole_views, self.config.vision.num_patches)
+            views = seen.boxes
+            if weight.whole_views > 0:
+                of_images = seen.images.seen.of(regions.image_index)
+                views = Views(views.tables, choose_views(choice.whole, views.seen, of_images))
+            told = (text, masked, hidden, regions.ids, regions.seeds)
+            terms = self._fused(seen.features, views, *told, counts, choice)
         if self.box_head is not None:
             l1, giou = self._box_terms(whole, text, regions, counts[2])
         total = weight.itc_weight * itc + weight.itm_weight * terms.itm + weight.mlm_weight * terms.mlm
@@ -319,18 +327,25 @@ class XVLM(SyCoCa):
         ids: Tensor | None,
         seeds: Tensor,
         counts: Tensor,
+        choice: Shown | None = None,
     ) -> _Fused:
         """ITM and MLM of E texts and their images or boxes."""
         itm = mlm = matched = torch.zeros((), device=features.device)
         if self.itm_head is not None:
-            itm, matched = self._itm(features, views, text, ids, seeds)
+            itm, matched = self._itm(features, views, text, ids, seeds, choice)
             itm = itm / counts[0]
         if self.word_head is not None and hidden is not None:
             mlm = self._mlm(masked, hidden, views) / counts[1]
         return _Fused(itm, mlm, matched)
 
     def _itm(
-        self, features: Tensor, views: Views, text: TextFeatures, ids: Tensor | None, seeds: Tensor
+        self,
+        features: Tensor,
+        views: Views,
+        text: TextFeatures,
+        ids: Tensor | None,
+        seeds: Tensor,
+        choice: Shown | None,
     ) -> tuple[Tensor, Tensor]:
         """Summed loss of up to 3 E pairs, and the balanced accuracy over them."""
         own = torch.arange(len(features), device=features.device)
@@ -338,6 +353,8 @@ class XVLM(SyCoCa):
         other_image, other_text = sample_hard_negatives(
             features.detach(), text.features.detach(), self.logit_scale().detach(), **draws
         )
+        if choice is not None:
+            other_text, other_image = choice.without_true(other_text, other_image)
         texts = torch.cat([own, own, other_text.clamp(min=0)])
         images = torch.cat([own, other_image.clamp(min=0), own])
         logits = self.match(_rows(text, texts), Views(views.tables, views.seen.of(images)))
@@ -383,7 +400,8 @@ def _one_at_least(chosen: Tensor) -> Tensor:
 
 
 def _rows(text: TextFeatures, chosen: Tensor) -> TextFeatures:
-    return TextFeatures(*(part[chosen] for part in text))
+    # An index in brackets would be added up in any order on the way back, by threads at once.
+    return TextFeatures(*(part.index_select(0, chosen) for part in text))
 
 
 def _num_matches(count: int, ids: Tensor | None, device: torch.device) -> Tensor:

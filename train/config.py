@@ -43,8 +43,8 @@ def shares(config: Any, *names: str) -> None:
 class OptimizerConfig(Section):
     """`lamb` scales the step of each tensor, for very large batches; it runs without ZeRO, whose shards cut tensors.
 
-    `muon` orthogonalises the steps of the linear maps of all blocks, whose rate is `matrix_lr` and which average their
-    gradients by `matrix_momentum`; `lr` and the rest belong to AdamW, which takes all other parameters.
+    `muon` orthogonalises the steps of the linear maps of blocks and inside of heads, whose rate is `matrix_lr` and
+    which average their gradients by `matrix_momentum`; `lr` and the rest are AdamW's, which takes all other parameters.
     """
 
     name: Literal["adamw", "lamb", "muon"] = "adamw"
@@ -301,15 +301,15 @@ PRESETS: dict[str, RunConfig] = {
     "xvlm_tiny": RunConfig(
         preset="xvlm_tiny",
         model=MODEL_PRESETS["xvlm_tiny"],
-        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.05),
+        optimizer=OptimizerConfig(name="muon", lr=1e-3, weight_decay=0.05),
         schedule=ScheduleConfig(name="wsd", warmup_steps=40, decay_share=0.5),
-        data=DataConfig(workers=1, tokenizer="wordpiece", crop_scale=None, whole_share=0.0, region_crop=False),
+        data=DataConfig(workers=1, tokenizer="wordpiece", crop_scale=None, whole_share=0.3, region_crop=False),
         train=PretrainConfig(
-            steps=820,
-            micro_batch=8,
-            region_batch=64,
+            steps=560,
+            micro_batch=4,
+            region_batch=80,
             log_every=20,
-            save_every=410,
+            save_every=280,
             keep_last=2,
             precision="fp32",
         ),

@@ -236,9 +236,7 @@ def _check_options(config: RunConfig, ds: DeepSpeedJson) -> None:
         reason = f"it scales the steps of whole tensors, and ZeRO stage {zero.stage} makes flat pieces"
         raise ConfigError(f"optimizer.name=lamb: {reason}")
     if config.optimizer.name == "muon" and ds.offloads:
-        raise ConfigError(
-            "optimizer.name=muon: not with an offloaded optimizer, whose steps would be formed on the host"
-        )
+        raise ConfigError("optimizer.name=muon: not with an offloaded optimizer; optimizer.name=adamw can be offloaded")
     if config.optimizer.name != "adamw" and train.precision == "fp16":
         raise ConfigError(f"optimizer.name={config.optimizer.name}: not tested with train.precision=fp16")
     if train.ema is None:

@@ -16,6 +16,8 @@ _FIRST = ("embed.", "sequence.", "ln_pre.", "swin.embeddings.")
 _ENCODERS = ("vision", "text")
 # Linear maps that hold several, one above the other.
 _STACKED = {"qkv": 3, "kv": 2}
+# The maps of heads that another one follows.
+_HIDDEN = ("_head.hidden", "_head.dense")
 
 
 def pretraining_groups(model: SyCoCa, config: RunConfig) -> list[dict]:
@@ -68,10 +70,10 @@ def _faster_anew(model: SyCoCa, config: RunConfig, groups: list[dict]) -> list[d
 
 
 def _matrices_apart(model: SyCoCa, config: RunConfig, groups: list[dict]) -> list[dict]:
-    """The groups, the linear maps of all blocks in groups of their own, with the rate of matrices."""
+    """The groups, the linear maps of blocks and inside of heads in groups of their own, with the rate of matrices."""
     rate, known = config.optimizer.matrix_lr / config.optimizer.lr, {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "blocks." in name:
+        if isinstance(module, nn.Linear) and ("blocks." in name or name.endswith(_HIDDEN)):
             known[id(module.weight)] = (_STACKED.get(name.rsplit(".", 1)[-1], 1), *module.weight.shape)
     apart = []
     for group in groups:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from sycoca.config import ConfigError, ModelConfig, nearest
 from sycoca.presets import MODEL_PRESETS, PRESET_PARAMETERS
 from train.config import PRESETS
-from train.plan_work import Work, work
+from train.plan_work import Work, stem_parameters, work
 
 GB = 1e9
 PLANNED = tuple(name for name, config in MODEL_PRESETS.items() if config.fusion is None)
@@ -209,7 +209,7 @@ def encoder_parameters(config: ModelConfig) -> int:
 def image_parameters(config: ModelConfig) -> int:
     """As `encoder_parameters`, of the image encoder alone."""
     vision = config.vision
-    return int(vision.depth * vision.width**2 * (4 + 2 * vision.mlp_ratio) + vision.patch_values * vision.width)
+    return int(vision.depth * vision.width**2 * (4 + 2 * vision.mlp_ratio)) + stem_parameters(vision)
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -11,7 +11,8 @@ Captions count at their full length; what is packed or recomputed by a fused ope
 
 from typing import NamedTuple
 
-from sycoca.config import ModelConfig
+from sycoca.config import ModelConfig, VisionConfig
+from sycoca.stem import stem_convs
 
 
 class Layer(NamedTuple):
@@ -58,6 +59,25 @@ class Work(NamedTuple):
     target_flops: float = 0.0
 
 
+def stem_parameters(vision: VisionConfig) -> int:
+    """Weights of what makes patches of an image."""
+    if vision.stem == "patch":
+        return vision.patch_values * vision.width
+    convs = stem_convs(vision.patch_size, vision.width)
+    return vision.width**2 + sum(9 * conv.before * conv.after for conv in convs)
+
+
+def stem_flops(vision: VisionConfig) -> float:
+    """Of the forward pass of one image through what makes patches of it."""
+    if vision.stem == "patch":
+        return 2 * vision.num_patches * vision.patch_values * vision.width
+    size, total = vision.image_size, 2 * vision.num_patches * vision.width**2
+    for conv in stem_convs(vision.patch_size, vision.width):
+        size //= conv.stride
+        total += 2 * 9 * conv.before * conv.after * size**2
+    return total
+
+
 def work(config: ModelConfig, value_bytes: int) -> Work:
     """The cost of a pair, averaged over a run's steps with and without masked captioning and TG-MIM.
 
@@ -69,7 +89,7 @@ def work(config: ModelConfig, value_bytes: int) -> Work:
     P, T, D, E = vision.num_patches, text.context_length, text.width, config.embed_dim
     image = Layer(vision.depth, P + 1, vision.width, int(vision.width * vision.mlp_ratio))
     words = Layer(text.depth, T + 1, D, int(D * text.mlp_ratio))
-    patches = image.flops() + 2 * P * vision.patch_values * vision.width
+    patches = image.flops() + stem_flops(vision)
     encoder = patches + words.flops() + 2 * E * (config.memory_width + D)
     layers, second, rest, target = [image, words], [], 0.0, 0.0
     if config.learns("ic"):

@@ -36,6 +36,10 @@ _YOUNGER = {
     "model.text.bert": None,
     "model.text.writes": False,
     "model.text.prompt": "",
+    "model.vision.stem": "patch",
+    "model.loss.whole_views": 0.0,
+    "optimizer.matrix_lr": 0.02,
+    "optimizer.matrix_momentum": 0.95,
     "data.randaugment": None,
     "pretrained": {"anew_rate": 2.0, "text": None, "vision": None},
 }

@@ -17,7 +17,6 @@ SMALL = (
     "workers=0",
     "warmup_steps=2",
     "eps=1e-2",
-    "optimizer.name=muon",
     "model.vision.depth=2",
     "model.text.depth=1",
     "model.fusion.depth=1",

@@ -343,3 +343,20 @@ def test_a_region_batch_without_texts_or_images_is_refused_by_name():
         model.region_losses(none)
     with pytest.raises(ValueError, match="region batch: 3 texts of 0 images"):
         model.region_losses(batch.regions._replace(images=batch.regions.images[:0]))
+
+
+def test_gradients_do_not_depend_on_the_order_of_threads():
+    """At sizes at which an index in brackets would be added up by several threads at once."""
+    threads = torch.get_num_threads()
+    batch = step(MICRO_XVLM, [3] * 8, [1 + n % 9 for n in range(96)])
+    found = []
+    try:
+        torch.set_num_threads(2)
+        for _ in range(4):
+            model = build(MICRO_XVLM)
+            losses(model, batch).total.backward()
+            found.append(gradients(model))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(g, found[0][name]) for name, g in other.items())

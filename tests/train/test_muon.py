@@ -1,12 +1,22 @@
 """Muon: what orthogonalised steps are, and that pieces of them are those of the whole."""
 
+import json
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from sycoca.config import ConfigError
+from sycoca.xvlm import build_model
+from train.config import PRESETS
+from train.launch import effective, parse
 from train.muon import Matrix, Muon, _of_row, _of_shards, _orthogonal, orthogonalise
+from train.param_groups import pretraining_groups
+
+SCRIPT = Path(__file__).resolve().parents[2] / "train" / "pretrain.py"
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
 
@@ -149,14 +159,9 @@ def test_a_loaded_state_goes_on_as_the_saved_one():
         torch.testing.assert_close(p, other, rtol=0, atol=0)
 
 
-def test_the_matrices_are_the_linear_maps_of_all_blocks():
-    from dataclasses import replace
-
-    from sycoca.xvlm import build_model
-    from train.config import PRESETS
-    from train.param_groups import pretraining_groups
-
-    config = PRESETS["tiny"]
+@pytest.mark.parametrize("preset", ["tiny", "xvlm_tiny"])
+def test_the_matrices_are_the_linear_maps_of_blocks_and_inside_of_heads(preset):
+    config = PRESETS[preset]
     config = replace(config, optimizer=replace(config.optimizer, name="muon", lr=1e-3, matrix_lr=0.05))
     model = build_model(config.model)
     groups = pretraining_groups(model, config)
@@ -165,9 +170,33 @@ def test_the_matrices_are_the_linear_maps_of_all_blocks():
     (inner,) = (group for group in groups if "matrices" in group)
     assert inner["lr_scale"] == pytest.approx(50) and inner["weight_decay"] == config.optimizer.weight_decay
     chosen = {names[id(p)] for p in inner["params"]}
-    assert chosen == {
-        name for name in names.values() if "blocks." in name and name.endswith("weight") and ".ln_" not in name
-    }
+    linear = {name for name in names.values() if name.endswith("weight") and ".ln_" not in name}
+    heads = {f"{head}.weight" for head in ("itm_head.hidden", "box_head.hidden", "word_head.dense")}
+    assert chosen == {name for name in linear if "blocks." in name or name in heads}
     for p, matrix in zip(inner["params"], map(Matrix._make, inner["matrices"]), strict=True):
         name = names[id(p)].rsplit(".", 2)[-2]
         assert (matrix.rows, matrix.columns) == p.shape and matrix.parts == {"qkv": 3, "kv": 2}.get(name, 1)
+
+
+@pytest.mark.parametrize(("option", "config", "words"), [
+    ("train.precision=fp16", "ds_zero2.json", "not tested with train.precision=fp16"),
+    ("matrix_momentum=1", "ds_zero2.json", "matrix_momentum: 1.0, needs to be in 0..1"),
+    ("matrix_lr=0", "ds_zero2.json", "matrix_lr: 0.0, needs to be above 0"),
+    ("train.steps=3", "ds_zero2_offload.json", "not with an offloaded optimizer"),
+])  # fmt: skip
+def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch, option, config, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        parse(["--config", config, "optimizer.name=muon", option], script=SCRIPT, has_cuda=False)
+
+
+def test_its_runs_are_not_reshaped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    launch = parse(["--config", "ds_zero2.json", "optimizer.name=muon"], script=SCRIPT, has_cuda=False)
+    assert launch.deepspeed["zero_allow_untested_optimizer"]
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(effective(launch)))
+    argv = ["--config", "ds_zero2.json", "--run-dir", str(run), "--resume", "--reshape"]
+    with pytest.raises(ConfigError, match="--reshape: not for"):
+        parse(argv, script=SCRIPT, has_cuda=False)

@@ -105,7 +105,7 @@ def require_any(count: int, task: str, source: Any, skipped: Skipped) -> None:
 
 def rows_of(features: Any, rows: Tensor) -> Any:
     """Some rows of a named tuple of tensors."""
-    return features._make(None if field is None else field[rows] for field in features)
+    return features._make(None if field is None else field.index_select(0, rows) for field in features)
 
 
 def share(values: Sequence[float]) -> float:
