@@ -13,6 +13,7 @@ from kernels import box_loss, fused_itc_loss, sample_hard_negatives
 from sycoca.layers import attend
 from sycoca.masking import hash_tensor
 from sycoca.mlm import MaskedWords
+from sycoca.region_views import shown
 from sycoca.regions import RegionBatch, places
 from sycoca.xvlm import XVLM
 
@@ -37,7 +38,11 @@ def published_region_losses(model: XVLM, regions: RegionBatch, masked: MaskedWor
     images_of = torch.cat([boxed[other_image], boxed]), torch.cat([seen[other_image], seen])
     differs = _fuse(model, *words_of, *images_of)
     logits = model.itm_head(torch.cat([same[:, 0], differs[:, 0]]))
-    itm = F.cross_entropy(logits, (torch.arange(3).repeat_interleave(E) == 0).long())
+    errors = F.cross_entropy(logits, (torch.arange(3).repeat_interleave(E) == 0).long(), reduction="none")
+    # Ours leaves out what is true of the image that is shown; the work is the same.
+    choice = shown(regions, 0.0, config.vision.num_patches)
+    kept_text, kept_image = choice.without_true(other_text, other_image)
+    itm = errors[torch.cat([own, kept_image, kept_text]) >= 0].mean()
 
     hidden, hidden_valid = _encode_text(model, masked.tokens)
     states = _fuse(model, hidden, hidden_valid, boxed, seen)[own[:, None], masked.positions]

@@ -65,6 +65,8 @@ def to_openclip(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
         WeightsError: a model that is not built as open_clip's.
     """
     theirs = {}
+    if config.vision.stem != "patch":
+        raise WeightsError(f"not of open_clip's structure: vision.stem '{config.vision.stem}'")
     for link in _links(config):
         missing = [name for name in link.ours if name not in state]
         if missing:

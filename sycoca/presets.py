@@ -76,7 +76,7 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
         caption_decoder=CaptionDecoderConfig(depth=1, heads=4),
         image_decoder=ImageDecoderConfig(depth=1, width=128, heads=4),
         fusion=FusionConfig(depth=2, heads=4),
-        loss=LossConfig(itm_weight=2.0, mlm_weight=0.5, region_weight=8.0, itm_floor=0.005, whole_views=0.5),
+        loss=LossConfig(itm_weight=4.0, mlm_weight=0.5, region_weight=8.0, itm_floor=0.005, whole_views=0.5),
         objectives=_XVLM,
     ),
     "xvlm_base": _XVLM_BASE,

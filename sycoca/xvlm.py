@@ -218,7 +218,7 @@ class XVLM(SyCoCa):
                 of_images = seen.images.seen.of(regions.image_index)
                 views = Views(views.tables, choose_views(choice.whole, views.seen, of_images))
             told = (text, masked, hidden, regions.ids, regions.seeds)
-            terms = self._fused(seen.features, views, *told, counts, choice)
+            terms = self._fused(seen.features, views, *told, counts, choice, spread)
         if self.box_head is not None:
             l1, giou = self._box_terms(whole, text, regions, counts[2])
         total = weight.itc_weight * itc + weight.itm_weight * terms.itm + weight.mlm_weight * terms.mlm
@@ -328,12 +328,14 @@ class XVLM(SyCoCa):
         seeds: Tensor,
         counts: Tensor,
         choice: Shown | None = None,
+        spread: Spread = _HERE,
     ) -> _Fused:
-        """ITM and MLM of E texts and their images or boxes."""
+        """ITM and MLM of E texts and their images or boxes; `choice` says which negatives are none."""
         itm = mlm = matched = torch.zeros((), device=features.device)
         if self.itm_head is not None:
-            itm, matched = self._itm(features, views, text, ids, seeds, choice)
-            itm = itm / counts[0]
+            itm, pairs, matched = self._itm(features, views, text, ids, seeds, choice)
+            # How many negatives are left is known when they have been drawn.
+            itm = itm / (counts[0] if choice is None else _shares(pairs[None], spread)[0])
         if self.word_head is not None and hidden is not None:
             mlm = self._mlm(masked, hidden, views) / counts[1]
         return _Fused(itm, mlm, matched)
@@ -346,8 +348,8 @@ class XVLM(SyCoCa):
         ids: Tensor | None,
         seeds: Tensor,
         choice: Shown | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Summed loss of up to 3 E pairs, and the balanced accuracy over them."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed loss of up to 3 E pairs, their number, and the balanced accuracy over them."""
         own = torch.arange(len(features), device=features.device)
         draws = {"ids": ids, "floor": self.config.loss.itm_floor, "seed": hash_tensor(seeds[:1])}
         other_image, other_text = sample_hard_negatives(
@@ -363,7 +365,7 @@ class XVLM(SyCoCa):
         loss = F.cross_entropy(logits, label.long(), reduction="none")
         right = (logits.argmax(1) == label.long()) & counted
         sides = [(right & side).sum() / (counted & side).sum().clamp(min=1) for side in (label, ~label)]
-        return torch.where(counted, loss, 0.0).sum(), torch.stack(sides).mean()
+        return torch.where(counted, loss, 0.0).sum(), counted.sum(), torch.stack(sides).mean()
 
     def _mlm(self, masked: MaskedWords, hidden: EncodedText, views: Views) -> Tensor:
         states = self.fusion(hidden.words, hidden.valid, views.tables, views.seen, masked.positions)

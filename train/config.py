@@ -301,15 +301,15 @@ PRESETS: dict[str, RunConfig] = {
     "xvlm_tiny": RunConfig(
         preset="xvlm_tiny",
         model=MODEL_PRESETS["xvlm_tiny"],
-        optimizer=OptimizerConfig(name="muon", lr=1e-3, weight_decay=0.05),
+        optimizer=OptimizerConfig(name="muon", lr=1e-3, matrix_lr=0.012, weight_decay=0.05),
         schedule=ScheduleConfig(name="wsd", warmup_steps=40, decay_share=0.5),
         data=DataConfig(workers=1, tokenizer="wordpiece", crop_scale=None, whole_share=0.3, region_crop=False),
         train=PretrainConfig(
-            steps=560,
+            steps=540,
             micro_batch=4,
             region_batch=80,
             log_every=20,
-            save_every=280,
+            save_every=270,
             keep_last=2,
             precision="fp32",
         ),

@@ -21,7 +21,7 @@ from train.backbones import check_sizes, with_backbones
 from train.command_line import Parser, apply_overrides, split_overrides
 from train.config import PRESETS, RunConfig, require_batch
 from train.data import DataError, Source, open_dataset, readable
-from train.deepspeed_json import DeepSpeedJson
+from train.deepspeed_json import DeepSpeedJson, ZeroOptimization
 from train.initial import check_text, started_from
 from train.precedence import deepspeed_dict, settle, taken_over, with_batch
 from train.recipe import chosen, recipes
@@ -30,7 +30,7 @@ from train.run_folder import check_writable, checkpoint_steps, free_run_dir, rea
 
 # With another value of these, or of the model's, what is continued would be another run.
 _FIXED = frozenset(
-    ["data.train", "data.val", "data.tokenizer", "data.regions", "train.seed"]
+    ["data.train", "data.val", "data.tokenizer", "data.regions", "train.seed", "optimizer.name", "optimizer.matrix_lr"]
     + ["pretrained.vision", "pretrained.text"]
     + [f"train.{name}" for name in ("micro_batch", "accumulation", "global_batch", "region_batch")]
 )
@@ -237,6 +237,14 @@ def _check_options(config: RunConfig, ds: DeepSpeedJson) -> None:
         raise ConfigError(f"optimizer.name=lamb: {reason}")
     if config.optimizer.name == "muon" and ds.offloads:
         raise ConfigError("optimizer.name=muon: not with an offloaded optimizer; optimizer.name=adamw can be offloaded")
+    if config.optimizer.name == "muon":
+        ours = ZeroOptimization()
+        for name in ("round_robin_gradients", "parameter_alignment", "elastic_checkpoint", "sub_group_size"):
+            if getattr(zero, name) != getattr(ours, name):
+                reason = "it would lay the matrices out in another way than they are put together again"
+                raise ConfigError(f"optimizer.name=muon: not with zero_optimization.{name} in the JSON; {reason}")
+        if ds.bf16 is not None and ds.bf16.bf16_master_weights_and_grads:
+            raise ConfigError("optimizer.name=muon: needs fp32 master weights, not bf16.bf16_master_weights_and_grads")
     if config.optimizer.name != "adamw" and train.precision == "fp16":
         raise ConfigError(f"optimizer.name={config.optimizer.name}: not tested with train.precision=fp16")
     if train.ema is None:

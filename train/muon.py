@@ -5,8 +5,9 @@
     p <- (1 - lr wd) p - lr sqrt(max(1, rows / columns)) X
 
 Gradients come as ZeRO leaves them, averaged, clipped and cut into flat pieces. The pieces of the momentum are gathered
-for as long as the step is formed, and a rank orthogonalises the matrices that its own piece touches, so that every
-stage takes the step of a single process. What is kept is one value per parameter, cut as ZeRO cuts AdamW's moments.
+for as long as the step is formed, 4 bytes per value of these matrices on every rank, and a rank orthogonalises the
+matrices that its own piece touches (under ZeRO 3 it touches all), so that every stage takes the step of a single
+process. What is kept is one value per parameter, cut as ZeRO cuts AdamW's moments.
 """
 
 from collections.abc import Callable
@@ -83,8 +84,9 @@ class Muon(torch.optim.Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         moved = [self._moved(p, group["momentum"]) for p in params]
         matrices = [Matrix(*matrix) for matrix in group["matrices"]]
-        if len(params) == len(matrices) and all(p.ndim == 2 for p in params):
-            steps = _orthogonal(moved, matrices)
+        if all(p.ndim == 2 for p in params):
+            given = zip(group["params"], matrices, strict=True)
+            steps = _orthogonal(moved, [matrix for p, matrix in given if p.grad is not None])
         else:
             steps = [self._piece(u, matrices) for u in moved]
         for p, u in zip(params, steps):
@@ -94,6 +96,9 @@ class Muon(torch.optim.Optimizer):
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
+            # As AdamW counts, for what averages weights over the steps.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        state["step"] += 1
         m = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(m, momentum)
 

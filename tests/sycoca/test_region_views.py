@@ -10,6 +10,7 @@ from sycoca.fusion import Seen
 from sycoca.masking import StepPlan
 from sycoca.region_views import Shown, choose_views, shown
 from sycoca.regions import areas
+from sycoca.xvlm import Views
 from tests.sycoca.micro_xvlm import build, micro_xvlm, regions, step
 
 
@@ -65,6 +66,20 @@ def test_matching_and_hidden_words_follow_the_view_and_nothing_else_does(form):
     batch = batch._replace(regions=regions._replace(rects=grid))
     first, second = (build(config)(batch, plan) for config in (boxed, imaged))
     torch.testing.assert_close(torch.stack(second), torch.stack(first))
+
+
+def test_matching_is_a_mean_over_the_pairs_that_are_left():
+    """All texts are of one image, so that no other text is a negative of it."""
+    config = micro_xvlm(loss={"whole_views": 1.0})
+    batch = step(config, [3, 5], [4, 3, 6])
+    regions = batch.regions._replace(images=batch.regions.images[:1], image_index=torch.zeros(3, dtype=torch.int64))
+    model = build(config)
+    found = model(batch._replace(regions=regions), StepPlan(False, False))
+    seen = model.encode_regions(regions.images, regions.rects, regions.image_index)
+    logits = model.match(
+        model.encode_text(regions.tokens), Views(seen.images.tables, seen.images.seen.of(regions.image_index))
+    )
+    torch.testing.assert_close(found.region_itm, -logits.log_softmax(1)[:, 1].mean())
 
 
 def test_shares_lie_between_nothing_and_all():

@@ -12,6 +12,7 @@ import torch
 from sycoca.config import ConfigError
 from sycoca.xvlm import build_model
 from train.config import PRESETS
+from train.ema import keep_average
 from train.launch import effective, parse
 from train.muon import Matrix, Muon, _of_row, _of_shards, _orthogonal, orthogonalise
 from train.param_groups import pretraining_groups
@@ -183,9 +184,15 @@ def test_the_matrices_are_the_linear_maps_of_blocks_and_inside_of_heads(preset):
     ("matrix_momentum=1", "ds_zero2.json", "matrix_momentum: 1.0, needs to be in 0..1"),
     ("matrix_lr=0", "ds_zero2.json", "matrix_lr: 0.0, needs to be above 0"),
     ("train.steps=3", "ds_zero2_offload.json", "not with an offloaded optimizer"),
+    ("train.steps=3", {"stage": 2, "round_robin_gradients": True}, "not with zero_optimization.round_robin_gradients"),
+    ("train.steps=3", {"stage": 1, "parameter_alignment": True}, "not with zero_optimization.parameter_alignment"),
+    ("train.steps=3", {"stage": 3, "sub_group_size": 1000}, "not with zero_optimization.sub_group_size"),
 ])  # fmt: skip
 def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch, option, config, words):
     monkeypatch.chdir(tmp_path)
+    if isinstance(config, dict):
+        Path("user.json").write_text(json.dumps({"zero_optimization": config}))
+        config = "user.json"
     with pytest.raises(ConfigError, match=words):
         parse(["--config", config, "optimizer.name=muon", option], script=SCRIPT, has_cuda=False)
 
@@ -200,3 +207,28 @@ def test_its_runs_are_not_reshaped(tmp_path, monkeypatch):
     argv = ["--config", "ds_zero2.json", "--run-dir", str(run), "--resume", "--reshape"]
     with pytest.raises(ConfigError, match="--reshape: not for"):
         parse(argv, script=SCRIPT, has_cuda=False)
+
+
+def test_weights_are_averaged_as_those_of_adamw():
+    """The average is warmed up by the steps that the state counts."""
+    matrix, vector = (torch.nn.Parameter(draw(*shape)) for shape in ((12, 6), (5,)))
+    optimizer = Muon(two_groups(matrix, vector), ADAMW, lr=1e-3)
+    keep_average(optimizer, 0.5)
+    average = None
+    for step in range(30):
+        for p in (matrix, vector):
+            p.grad = draw(*p.shape, seed=step)
+        optimizer.step()
+        share = max(9 / (10 + step + 1), 0.5)
+        new = matrix.detach().clone()
+        average = new if average is None else average.lerp(new, share)
+    torch.testing.assert_close(optimizer.state[matrix]["ema"], average)
+
+
+def test_a_matrix_without_a_gradient_stays():
+    first, second = (torch.nn.Parameter(draw(*shape)) for shape in ((4, 8), (12, 6)))
+    before, moved = first.detach().clone(), second.detach().clone()
+    groups = [{"params": [first, second], "matrices": [(1, 4, 8), (1, 12, 6)], "lr": 0.02}]
+    second.grad = draw(12, 6)
+    Muon(groups, ADAMW, lr=1e-3).step()
+    assert torch.equal(first.detach(), before) and not torch.equal(second.detach(), moved)

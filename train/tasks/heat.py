@@ -102,7 +102,7 @@ def best_detections(heat: Tensor, grid: tuple[int, int], listed: Sequence[Tensor
         x1, y1 = (corners[:, 2:] * side).long().clamp(max=side).unbind(1)
         x1, y1 = torch.maximum(x1, x0 + 1), torch.maximum(y1, y0 + 1)
         held = sums[row, y1, x1] - sums[row, y0, x1] - sums[row, y1, x0] + sums[row, y0, x0]
-        value, place = (held / (corners[:, 2:] - corners[:, :2]).prod(1).sqrt()).max(0)
+        value, place = (held / ((x1 - x0) * (y1 - y0)).sqrt()).max(0)
         found = from_corners(corners[place]).float()
         boxes[row] = torch.where(value > 0, found, boxes[row])
     return boxes

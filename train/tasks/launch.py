@@ -207,6 +207,8 @@ def parse(argv: list[str], *, script: Path, has_cuda: bool) -> Tuning:
     else:
         name = f"{args.task}{'-scst' if config.options.scst else ''}"
         run_dir = free_run_dir(args.run_dir, name, restart=args.restart)
+    if config.optimizer.name != "adamw":
+        raise ConfigError(f"optimizer.name={config.optimizer.name}: fine-tuning takes adamw")
     config = replace(config, train=with_batch(config.train, {*overrides, *taken}, world))
     train, val = _open(config, world)
     check_end(config, config.train.total_steps(len(train), world), newest)
