@@ -54,7 +54,7 @@ def like_swin(vision: VisionConfig, name: str, *, image_size: int | None = None)
         )
         mlp_ratio = float(data.get("mlp_ratio", 4.0))
     size = vision.image_size if image_size is None else image_size
-    given = {"region_form": "pooled", "cls_position": False, "mlp_ratio": mlp_ratio}
+    given = {"region_form": "pooled", "cls_position": False, "stem": "patch", "mlp_ratio": mlp_ratio}
     return replace(vision, image_size=size, swin=swin, **swin.implied, **given)
 
 
