@@ -82,6 +82,8 @@ class Muon(torch.optim.Optimizer):
 
     def _step(self, group: dict) -> None:
         params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
         moved = [self._moved(p, group["momentum"]) for p in params]
         matrices = [Matrix(*matrix) for matrix in group["matrices"]]
         if all(p.ndim == 2 for p in params):
