@@ -235,9 +235,10 @@ def _check_options(config: RunConfig, ds: DeepSpeedJson) -> None:
     if config.optimizer.name == "lamb" and zero.stage:
         reason = f"it scales the steps of whole tensors, and ZeRO stage {zero.stage} makes flat pieces"
         raise ConfigError(f"optimizer.name=lamb: {reason}")
-    if config.optimizer.name == "muon" and ds.offloads:
-        raise ConfigError("optimizer.name=muon: not with an offloaded optimizer; optimizer.name=adamw can be offloaded")
     if config.optimizer.name == "muon":
+        if ds.offloads:
+            line = "not with an offloaded optimizer; optimizer.name=adamw can be offloaded"
+            raise ConfigError(f"optimizer.name=muon: {line}")
         ours = ZeroOptimization()
         for name in ("round_robin_gradients", "parameter_alignment", "elastic_checkpoint", "sub_group_size"):
             if getattr(zero, name) != getattr(ours, name):

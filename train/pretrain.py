@@ -73,8 +73,8 @@ def pretrain(launch: Launch) -> None:
     if train.compile:
         compile_blocks(model)
     offloaded = "zero_force_ds_cpu_optimizer" in launch.deepspeed
-    groups, stage = pretraining_groups(model, config), launch.stage
-    optimizer = build_optimizer(groups, config.optimizer, offloaded=offloaded, stage=stage)
+    groups = pretraining_groups(model, config)
+    optimizer = build_optimizer(groups, config.optimizer, offloaded=offloaded, stage=launch.stage)
     if train.ema is not None:
         keep_average(optimizer, train.ema)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=launch.deepspeed)

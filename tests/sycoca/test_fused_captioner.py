@@ -17,7 +17,7 @@ from sycoca.generate import generate_tokens
 from sycoca.hub import load_pretrained
 from sycoca.tokenizer import Tokenizer
 from tests.sycoca.micro import gradients, uniform
-from tests.sycoca.micro_xvlm import MICRO_XVLM, build, micro_xvlm
+from tests.sycoca.micro_xvlm import MICRO_XVLM, build, micro_xvlm, texts
 from train.tasks.start import able_to_write
 
 EOT = MICRO_XVLM.text.eot_id
@@ -38,12 +38,8 @@ FORMS = [
 
 def written(lengths: list[int], salt: int = 7) -> Tensor:
     """Tokens (B, 10): [CLS], so many pieces of words, [SEP], padding."""
-    tokens = torch.zeros(len(lengths), 10, dtype=torch.int64)
-    pieces = (uniform(len(lengths), 10, salt=salt).abs() * 1e4).long() % 32 + 5
-    for row, length in enumerate(lengths):
-        tokens[row, 0] = 1
-        tokens[row, 1 : length + 1] = pieces[row, :length]
-        tokens[row, length + 1] = EOT
+    tokens = texts(lengths, salt)
+    tokens[torch.arange(len(lengths)), torch.tensor(lengths) + 1] = EOT
     return tokens
 
 

@@ -14,6 +14,7 @@ from sycoca.config import CaptionDecoderConfig, ImageDecoderConfig, ModelConfig,
 from sycoca.model import SyCoCa
 from sycoca.tokenizer import Tokenizer
 from tests.sycoca.micro import uniform
+from tests.train.tasks.tuned import tuning_of
 from train.data import Source, open_dataset
 from train.data.sample import Skipped
 from train.tasks.cider import CiderD
@@ -346,26 +347,16 @@ def test_scst_weighs_log_likelihoods_by_the_reward_over_a_baseline(model, tokeni
     ],
 )
 def test_a_step_of_every_objective(model, tokenizer, task, changes):
-    from dataclasses import replace
-
-    from train.tasks.launch import Tuning, TuningData, defaults
     from train.tasks.tuning import build_objective, training_groups, tuning_batches
 
-    config = defaults(task, "none", has_cuda=False)
-    config = replace(
-        config,
-        data=TuningData(train="scenes?count=60", workers=0),
-        train=replace(config.train, micro_batch=4),
-        options=replace(config.options, **changes),
-    )
-    train = open_source(task, config.data.train, "train", image_size=SIZE)
+    tuning = tuning_of(task, changes, SIZE)
     fresh = SyCoCa(CONFIG)
     fresh.load_state_dict(model.state_dict())
-    plan = build_objective(Tuning(config, {}, None, False, train, train), fresh, tokenizer, CPU)
-    groups = training_groups(plan.objective, config)
+    plan = build_objective(tuning, fresh, tokenizer, CPU)
+    groups = training_groups(plan.objective, tuning.config)
     before = [p.detach().clone() for group in groups for p in group["params"]]
     optimizer = torch.optim.SGD(groups, lr=0.5)
-    batches = tuning_batches(Tuning(config, {}, None, False, train, train), plan, 1, rank=1, world=2, device=CPU)
+    batches = tuning_batches(tuning, plan, 1, rank=1, world=2, device=CPU)
     batch, place = next(batches)
     assert (place.epoch, place.index, len(place.keys)) == (0, 1, 4)
     values = plan.objective(*plan.objective.inputs(*batch, 5), None, [4])

@@ -15,13 +15,14 @@ from sycoca.xvlm import XVLM
 from tests.ranks import run_ranks
 from tests.sycoca.micro import uniform
 from tests.train.tasks.test_tasks_fused import CONFIG, CPU, FEW, SIZE
+from tests.train.tasks.tuned import tuning_of
 from train.config import PRESETS
 from train.data import open_dataset
 from train.initial import started_from
 from train.tasks.cider import CiderD
 from train.tasks.facts import model_settings
 from train.tasks.judge import judge
-from train.tasks.launch import Tuning, TuningData, defaults
+from train.tasks.launch import defaults
 from train.tasks.likelihood import text_labels
 from train.tasks.objectives import Writing
 from train.tasks.options import check_answering, check_objectives
@@ -122,17 +123,9 @@ def test_ranks_share_one_mean_over_all_words(model, tokenizer):
     ],
 )
 def test_a_step_of_every_way_to_learn_it(model, tokenizer, task, changes):
-    config = defaults(task, "none", has_cuda=False)
-    config = replace(
-        config,
-        data=TuningData(train="scenes?count=60", workers=0),
-        train=replace(config.train, micro_batch=4),
-        options=replace(config.options, **changes),
-    )
-    source = open_source(task, config.data.train, "train", image_size=SIZE)
-    tuning = Tuning(config, {}, None, False, source, source)
+    tuning = tuning_of(task, changes, SIZE)
     plan = build_objective(tuning, deepcopy(model), tokenizer, CPU)
-    training_groups(plan.objective, config)
+    training_groups(plan.objective, tuning.config)
     batch, _ = next(tuning_batches(tuning, plan, 0, rank=0, world=1, device=CPU))
     values = plan.objective(*plan.objective.inputs(*batch, 5), None, [4])
     values[0].backward()
